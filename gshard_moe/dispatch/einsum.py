@@ -1,0 +1,41 @@
+"""Dispatch by one-hot masks and einsums: GShard's own form.
+
+The masks have S * E * C = about K * S^2 entries a group, so this costs memory and time that grow
+with the square of the group size; it needs nothing but matrix multiplication.
+
+G groups, S tokens, E experts, C slots, K choices, M model width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gshard_moe.dispatch.slots import Slots
+
+
+def mask(slots: Slots, weight_GSK: Float[Array, "G S K"]) -> Float[Array, "G S E C"]:
+    """Returns the weight with which each token enters each slot; 0 where it does not."""
+    num_experts, capacity = slots.token_GEC.shape[1:]
+    one_hot_GSKX = jax.nn.one_hot(slots.slot_GSK, num_experts * capacity, dtype=weight_GSK.dtype)
+    mask_GSX = (one_hot_GSKX * weight_GSK[..., None]).sum(axis=2)
+    return mask_GSX.reshape(*mask_GSX.shape[:2], num_experts, capacity)
+
+
+def dispatch(
+    x_GSM: Float[Array, "G S M"], mask_GSEC: Float[Array, "G S E C"]
+) -> Float[Array, "E G C M"]:
+    """Multiplies tokens into the experts' slots; an unused slot is zero.
+
+    Source: GShard, arXiv 2006.16668, algorithm 2.
+    """
+    return jnp.einsum("gsec,gsm->egcm", mask_GSEC, x_GSM)
+
+
+def combine(
+    ys_EGCM: Float[Array, "E G C M"], mask_GSEC: Float[Array, "G S E C"]
+) -> Float[Array, "G S M"]:
+    """Sums each token's slots, weighted by their gates.
+
+    Source: GShard, arXiv 2006.16668, algorithm 2.
+    """
+    return jnp.einsum("gsec,egcm->gsm", mask_GSEC, ys_EGCM)

@@ -1,0 +1,5 @@
+"""How tokens meet experts; every member computes the same function."""
+
+from gshard_moe.exchange.spmd import exchange as spmd
+
+__all__ = ["spmd"]

@@ -1,0 +1,29 @@
+"""Layouts: where every tensor of a model lives on a mesh, as a sharding card says."""
+
+from gshard_moe.layout.layout import (
+    Layout,
+    LayoutError,
+    MeshLike,
+    Stage,
+    axis_type,
+    free_axes,
+    letter_sizes,
+    parse_mesh,
+)
+from gshard_moe.layout.notation import ACTIVATIONS, LETTERS, PARAMETERS, ROLES, Dim
+
+__all__ = [
+    "ACTIVATIONS",
+    "Dim",
+    "LETTERS",
+    "Layout",
+    "LayoutError",
+    "MeshLike",
+    "PARAMETERS",
+    "ROLES",
+    "Stage",
+    "axis_type",
+    "free_axes",
+    "letter_sizes",
+    "parse_mesh",
+]

@@ -1,0 +1,476 @@
+"""`Layout`: a sharding card on a mesh; where every tensor lives, and how to say so to XLA.
+
+A layout knows names and shapes, never tensor values. It works on real devices and on an
+`AbstractMesh`, where nothing can run but every shape and byte is known.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gshard_moe import cards, config
+from gshard_moe.layout import notation
+
+# A parameter is `stored` between steps, `used` in the computation (the axes of `layout.gather`
+# dropped), and its master copy and moments are in the `optimizer`'s layout.
+Stage = Literal["stored", "used", "optimizer"]
+MeshLike = Mesh | AbstractMesh | Mapping[str, int] | str | None
+
+
+class LayoutError(ValueError):
+    """Reports every fault of a layout at once, a line each, with the card and the key."""
+
+
+class Layout:
+    """Where every tensor of a model lives.
+
+    Equal cards on equal meshes make equal, hashable layouts, so a layout may be a static argument.
+
+    Attributes:
+      config: the sharding card.
+      source: the card's name in messages.
+      bound_mesh: the mesh that it was given, or None: all devices, when first needed.
+    """
+
+    def __init__(
+        self,
+        sharding: config.ShardingConfig,
+        *,
+        source: str = "sharding",
+        mesh: MeshLike = None,
+    ):
+        """Checks the card's notation and binds it to a mesh.
+
+        Args:
+          sharding: the card.
+          source: the card's name in messages.
+          mesh: a `Mesh` or an `AbstractMesh` of the caller's, with the card's axes; or other sizes
+            for some axes of the card's mesh, as a dict or as text, `"fsdp=4,expert=2"`.
+        Raises:
+          LayoutError: with every fault.
+        """
+        self.source = source
+        self.bound_mesh = None
+        if isinstance(mesh, str):
+            mesh = parse_mesh(mesh)
+        if isinstance(mesh, (Mesh, AbstractMesh)):
+            _refuse_foreign(mesh, sharding.mesh.axes, source)
+            self.bound_mesh = mesh
+        elif mesh is not None:
+            with _as_layout_error(source):
+                resized = sharding.mesh.override(mesh)
+            sharding = dataclasses.replace(sharding, mesh=resized)
+        self.config = sharding
+        self._dims = self._parse()
+
+    @classmethod
+    def load(cls, name_or_path: str, *, mesh: MeshLike = None) -> "Layout":
+        """Reads a sharding card by name or path; `mesh` as in `Layout`.
+
+        Raises:
+          CardError, LayoutError: with every fault of the card.
+        """
+        source = cards.source_of("shardings", name_or_path)
+        return cls(cards.load_sharding(name_or_path), source=source, mesh=mesh)
+
+    def on(self, mesh: Mesh | AbstractMesh | int) -> "Layout":
+        """Returns this layout on a mesh, or on an abstract one of that many devices.
+
+        Raises:
+          LayoutError: if the mesh has other axes, or the card's sizes do not fill the devices.
+        """
+        if isinstance(mesh, int):
+            with _as_layout_error(self.source):
+                sizes = self.config.mesh.resolve(mesh)
+            mesh = AbstractMesh(sizes, self.axes)
+        return Layout(self.config, source=self.source, mesh=mesh)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the mesh axes, outermost first."""
+        return self.config.mesh.axes
+
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh | AbstractMesh:
+        """Returns the mesh: the bound one, or the card's over `devices` (default: all).
+
+        Raises:
+          LayoutError: if the mesh needs more devices than there are, or leaves some unused.
+        """
+        if devices is None and self.bound_mesh is not None:
+            return self.bound_mesh
+        devices = tuple(jax.devices() if devices is None else devices)
+        with _as_layout_error(self.source):
+            sizes = self.config.mesh.resolve(len(devices))
+        return _auto_mesh(sizes, self.axes, devices)
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The size of every mesh axis."""
+        return dict(self.mesh().shape)
+
+    def axes_of(self, role: str, letter: str, stage: Stage = "stored") -> tuple[str, ...]:
+        """Returns the mesh axes that a dimension of a role is split over."""
+        return next(dim.axes for dim in self.dims(role, stage) if dim.letter == letter)
+
+    def dims(self, role: str, stage: Stage = "stored") -> tuple[notation.Dim, ...]:
+        """Returns a role's dimensions, each with its mesh axes.
+
+        Raises:
+          LayoutError: if the role is unknown.
+        """
+        if role not in self._dims["stored"]:
+            known = ", ".join(self._dims["stored"])
+            raise LayoutError(
+                f"{self.source}: layout: a role must be known; got {role!r}; the roles are {known}"
+            )
+        if stage == "optimizer":
+            return self._dims["optimizer"].get(role) or self._dims["stored"][role]
+        dims = self._dims["stored"][role]
+        if stage == "used" and role in notation.PARAMETERS:
+            gather = self.config.layout.gather
+            return tuple(
+                notation.Dim(dim.letter, tuple(axis for axis in dim.axes if axis not in gather))
+                for dim in dims
+            )
+        return dims
+
+    def spec(self, role: str, stage: Stage = "stored", *, ndim: int | None = None) -> P:
+        """Returns a role's `PartitionSpec`.
+
+        Args:
+          role: of `notation.ROLES`, or one of the card's own `[layout.user]`.
+          stage: of a parameter: as stored, as used, or of its optimiser moments.
+          ndim: of the tensor, where layers are stacked on one leading dim (never split).
+        Raises:
+          LayoutError: if the role is unknown or `ndim` is not the role's, or one more.
+        """
+        dims = self.dims(role, stage)
+        extra = 0 if ndim is None else ndim - len(dims)
+        if extra not in (0, 1):
+            letters = " ".join(dim.letter for dim in dims)
+            raise LayoutError(
+                f"{self.source}: layout.{role}: a tensor must have the dims {letters} "
+                f"(or one more, for stacked layers); got ndim={ndim}"
+            )
+        entries = [
+            None if not dim.axes else dim.axes[0] if len(dim.axes) == 1 else dim.axes
+            for dim in dims
+        ]
+        return P(*[None] * extra, *entries)
+
+    def sharding(
+        self, role: str, stage: Stage = "stored", *, ndim: int | None = None
+    ) -> NamedSharding:
+        """Returns a role's `NamedSharding` on the mesh; arguments as in `spec`."""
+        return NamedSharding(self.mesh(), self.spec(role, stage, ndim=ndim))
+
+    def constrain[X: jax.Array](self, role: str, x: X, stage: Stage = "stored") -> X:
+        """Asks XLA to lay `x` out as its role says; the value does not change.
+
+        Inside `shard_map` the manual axes are dropped. In an Explicit mesh it reshards.
+
+        Raises:
+          LayoutError: if a dim does not divide by its axes, or the mesh mixes axis types.
+        """
+        spec = self.spec(role, stage, ndim=x.ndim)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            mesh = self.mesh()
+        self._require_divisible(role, x.shape, spec, dict(mesh.shape))
+        manual = set(mesh.axis_names) - set(free_axes(mesh))
+        if manual:
+            spec = _without(spec, manual)
+        if manual == set(mesh.axis_names):
+            return x
+        if axis_type(mesh) is AxisType.Explicit:
+            return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def use[X: jax.Array](self, role: str, x: X) -> X:
+        """Returns a parameter as the computation uses it; its gradient comes back as stored.
+
+        The axes of `layout.gather` are gathered on the way in, and summed and scattered on the way
+        back, so that a gradient is never whole where its parameter is not.
+        """
+        return _used(self, role, x)
+
+    def shape_per_device(
+        self, role: str, shape: Sequence[int], stage: Stage = "stored"
+    ) -> tuple[int, ...]:
+        """Returns the shape that one device holds of a tensor of this global shape.
+
+        Raises:
+          LayoutError: if a dim does not divide by its axes.
+        """
+        spec = self.spec(role, stage, ndim=len(shape))
+        self._require_divisible(role, shape, spec, self.axis_sizes)
+        return NamedSharding(self.mesh(), spec).shard_shape(tuple(shape))
+
+    def bytes_per_device(
+        self, role: str, shape: Sequence[int], dtype: jnp.dtype | str, stage: Stage = "stored"
+    ) -> int:
+        """Returns the bytes that one device holds of a tensor of this global shape."""
+        return math.prod(self.shape_per_device(role, shape, stage)) * jnp.dtype(dtype).itemsize
+
+    def check(
+        self,
+        model: config.ModelConfig,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        *,
+        source: str = "model",
+    ) -> None:
+        """Refuses a model that this layout cannot hold.
+
+        Args:
+          model: the model card.
+          batch_size: sequences in one forward pass; default: the model card's.
+          seq_len: tokens in a sequence; default: the model card's.
+          source: the model card's name in messages.
+        Raises:
+          LayoutError: with every dim that its mesh axes do not divide.
+        """
+        sizes = letter_sizes(model, batch_size, seq_len)
+        mesh = self.axis_sizes
+        faults = []
+        for role in notation.ROLES:
+            stages: tuple[Stage, ...] = ("stored",)
+            if role in notation.PARAMETERS:
+                stages = ("stored", "optimizer")
+            for stage in stages:
+                for dim in self.dims(role, stage):
+                    if dim.letter in sizes:
+                        key = f"layout.{role}" if stage == "stored" else f"layout.optimizer.{role}"
+                        faults += _divides(key, dim, sizes[dim.letter], mesh, source)
+        if faults:
+            faults = dict.fromkeys(faults)
+            raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
+
+    def _parse(self) -> dict[str, dict[str, tuple[notation.Dim, ...]]]:
+        layout = self.config.layout
+        parsed: dict[str, dict[str, tuple[notation.Dim, ...]]] = {"stored": {}, "optimizer": {}}
+        faults = []
+
+        def read(into: str, key: str, role: str, text: str, letters: str | None) -> None:
+            dims, found = notation.parse(text, letters=letters, axes=self.axes)
+            faults.extend(f"{key}: {fault}" for fault in found)
+            parsed[into][role] = tuple(dims)
+
+        for role, letters in notation.ROLES.items():
+            if role in layout.roles:
+                read("stored", f"layout.{role}", role, layout.roles[role], letters)
+            else:
+                faults.append(f'layout.{role}: is missing; add {role} = "{letters}"')
+        for role in layout.roles:
+            if role not in notation.ROLES:
+                faults.append(
+                    f"layout.{role}: is an unknown role; a tensor of your own belongs in "
+                    f"[layout.user]; the roles are {', '.join(notation.ROLES)}"
+                )
+        for role, text in layout.optimizer.items():
+            key = f"layout.optimizer.{role}"
+            if role in notation.PARAMETERS:
+                read("optimizer", key, role, text, notation.PARAMETERS[role])
+            else:
+                faults.append(
+                    f"{key}: must be the role of a parameter; these are "
+                    f"{', '.join(notation.PARAMETERS)}"
+                )
+        for role, text in layout.user.items():
+            if role in notation.ROLES:
+                faults.append(f"layout.user.{role}: must not be the name of a role; rename it")
+            else:
+                read("stored", f"layout.user.{role}", role, text, None)
+        for axis in layout.gather:
+            if axis not in self.axes:
+                faults.append(
+                    f"layout.gather: {axis!r} must be one of the mesh's {list(self.axes)}"
+                )
+        if faults:
+            raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
+        return parsed
+
+    def _require_divisible(
+        self, role: str, shape: Sequence[int], spec: P, mesh: Mapping[str, int]
+    ) -> None:
+        dims = self.dims(role)
+        offset = len(shape) - len(dims)
+        faults = []
+        for index, dim in enumerate(dims):
+            entry = spec[offset + index]
+            axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+            named = notation.Dim(dim.letter, axes)
+            faults += _divides(f"layout.{role}", named, shape[offset + index], mesh, "")
+        if faults:
+            raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
+
+    def _identity(self) -> tuple:
+        return (cards.dump(self.config), self.source, self.bound_mesh)
+
+    def __eq__(self, other: object) -> bool:
+        """Compares cards and meshes."""
+        return isinstance(other, Layout) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        """Hashes the mesh and the source, which tell layouts apart well enough."""
+        return hash((self.source, self.bound_mesh))
+
+    def __repr__(self) -> str:
+        """Names the card and the mesh."""
+        return f"Layout({self.source}, mesh={self.bound_mesh or self.config.mesh})"
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads axis sizes, `"fsdp=4,expert=2"`.
+
+    Raises:
+      LayoutError: if the text is not of that form, or names an axis twice.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        axis = axis.strip()
+        try:
+            value = int(size)
+        except ValueError:
+            raise LayoutError(
+                f"--mesh: must be like fsdp=4,expert=2; got {part!r} in {text!r}"
+            ) from None
+        if axis in sizes:
+            raise LayoutError(f"--mesh: an axis must be given once; got {axis!r} in {text!r}")
+        sizes[axis] = value
+    return sizes
+
+
+def letter_sizes(
+    model: config.ModelConfig, batch_size: int | None = None, seq_len: int | None = None
+) -> dict[str, int]:
+    """Returns the size of every letter that the model has; arguments as in `Layout.check`."""
+    train = model.train
+    sizes = {
+        "B": batch_size or train.microbatch_size,
+        "L": seq_len or train.seq_len,
+        "M": model.model_dim,
+        "N": model.num_heads,
+        "J": model.num_kv_heads,
+        "D": model.head_dim,
+        "V": model.vocab_size,
+        "F": model.dense_hidden_dim,
+        "W": model.max_positions,
+    }
+    if model.moe is not None:
+        moe = model.moe
+        sizes |= {
+            "G": sizes["B"] * sizes["L"] // moe.group_size,
+            "S": moe.group_size,
+            "E": moe.num_experts,
+            "C": moe.capacity(train=True),
+            "K": moe.top_k,
+            "H": moe.hidden_dim,
+        }
+    return sizes
+
+
+def free_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Returns the axes of a mesh that are not manual (that no `shard_map` has taken)."""
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in pairs if kind is not AxisType.Manual)
+
+
+def axis_type(mesh: Mesh | AbstractMesh) -> AxisType:
+    """Returns the one type of a mesh's free axes.
+
+    Raises:
+      LayoutError: if they are of mixed types.
+    """
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    kinds = {axis: kind for axis, kind in pairs if kind is not AxisType.Manual}
+    if len(set(kinds.values())) > 1:
+        shown = ", ".join(f"{axis}={kind.name}" for axis, kind in kinds.items())
+        raise LayoutError(
+            f"mesh: the axes must be all Auto or all Explicit; got {shown}; use jax.make_mesh("
+            f"shape, names, axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
+        )
+    return next(iter(kinds.values()), AxisType.Manual)
+
+
+@functools.lru_cache(maxsize=64)
+def _auto_mesh(
+    sizes: tuple[int, ...], axes: tuple[str, ...], devices: tuple[jax.Device, ...]
+) -> Mesh:
+    """Makes an all-Auto mesh; JAX chooses the order of devices that suits the links."""
+    return jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _used(layout: Layout, role: str, x: jax.Array) -> jax.Array:
+    return layout.constrain(role, x, "used")
+
+
+def _used_forward(layout: Layout, role: str, x: jax.Array) -> tuple[jax.Array, None]:
+    return _used(layout, role, x), None
+
+
+def _used_backward(layout: Layout, role: str, _: None, dx: jax.Array) -> tuple[jax.Array]:
+    # First as it was used, or the partitioner carries the stored split into the computation of dx.
+    return (layout.constrain(role, layout.constrain(role, dx, "used"), "stored"),)
+
+
+_used.defvjp(_used_forward, _used_backward)
+
+
+def _without(spec: P, axes: set[str]) -> P:
+    """Drops axes from a spec."""
+    entries = []
+    for entry in spec:
+        named = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        left = tuple(axis for axis in named if axis not in axes)
+        entries.append(None if not left else left[0] if len(left) == 1 else left)
+    return P(*entries)
+
+
+def _divides(
+    key: str, dim: notation.Dim, size: int, mesh: Mapping[str, int], source: str
+) -> list[str]:
+    """Returns the fault of a dim whose mesh axes do not divide it, or nothing."""
+    parts = math.prod(mesh[axis] for axis in dim.axes)
+    if size % parts == 0:
+        return []
+    axes = ", ".join(f"{axis}={mesh[axis]}" for axis in dim.axes)
+    card = f" ({source})" if source else ""
+    name = notation.LETTERS.get(dim.letter, dim.letter)
+    return [
+        f"{key}: {dim.letter} must divide by its mesh axes; got {dim.letter}={size}{card}, {axes}; "
+        f"use {name} = {parts}, {2 * parts}, ... or a smaller mesh"
+    ]
+
+
+def _refuse_foreign(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], source: str) -> None:
+    """Refuses a caller's mesh that mixes axis types, lacks an axis, or has one of no use."""
+    axis_type(mesh)
+    missing = [axis for axis in axes if axis not in mesh.axis_names]
+    idle = [axis for axis in free_axes(mesh) if axis not in axes and mesh.shape[axis] > 1]
+    if missing or idle:
+        shown = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise LayoutError(
+            f"{source}: mesh: must have the card's axes {list(axes)} and no other of more than one "
+            f"device; got {shown}; name the axes alike, or write a card for this mesh"
+        )
+
+
+@contextlib.contextmanager
+def _as_layout_error(source: str) -> Iterator[None]:
+    """Turns a ConfigError into a LayoutError that names the card."""
+    try:
+        yield
+    except config.ConfigError as error:
+        lines = (f"{source}: {key}: {message}" for key, message in error.faults)
+        raise LayoutError("\n".join(lines)) from error

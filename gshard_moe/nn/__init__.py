@@ -1,0 +1,24 @@
+"""Flax modules (nnx): the MoE layer and a Transformer around it."""
+
+from gshard_moe.nn.attention import Attention, Cache, rotate
+from gshard_moe.nn.dense import DenseFFN
+from gshard_moe.nn.moe import MoE, MoEMetrics, MoEOutput, MoEWeights, moe
+from gshard_moe.nn.norm import Norm
+from gshard_moe.nn.transformer import Block, Capacity, Transformer, TransformerOutput
+
+__all__ = [
+    "Attention",
+    "Block",
+    "Cache",
+    "Capacity",
+    "DenseFFN",
+    "MoE",
+    "MoEMetrics",
+    "MoEOutput",
+    "MoEWeights",
+    "Norm",
+    "Transformer",
+    "TransformerOutput",
+    "moe",
+    "rotate",
+]

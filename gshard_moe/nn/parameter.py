@@ -1,0 +1,65 @@
+"""Parameters that carry their role, so that a layout can find where each one lives."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gshard_moe.layout import Layout
+
+
+def matrix(
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    role: str,
+    *,
+    inputs: Sequence[int] = (-2,),
+    batch: Sequence[int] = (),
+    scale: float = 1.0,
+) -> nnx.Param:
+    """Makes a float32 weight, truncated normal of variance scale / (size of its inputs).
+
+    Args:
+      rngs: the stream `params` is used.
+      shape: of the weight.
+      role: of `layout.ROLES`.
+      inputs: the dims that are contracted.
+      batch: the dims that stack independent matrices (experts).
+      scale: of the variance.
+    """
+    outputs = [d for d in range(-len(shape), 0) if d not in inputs and d not in batch]
+    init = jax.nn.initializers.variance_scaling(
+        scale, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs, batch_axis=batch
+    )
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), role=role)
+
+
+def constant(value: float, shape: Sequence[int], role: str) -> nnx.Param:
+    """Makes a float32 parameter of one value: a norm's scale, a bias."""
+    return nnx.Param(jnp.full(tuple(shape), value, jnp.float32), role=role)
+
+
+def optional(value: float, shape: Sequence[int], role: str, *, present: bool) -> nnx.Param | None:
+    """Makes a parameter that some configs do not have."""
+    return constant(value, shape, role) if present else None
+
+
+def used(param: nnx.Param, layout: Layout | None, dtype: jnp.dtype) -> jax.Array:
+    """Returns a parameter as the computation uses it: in its dtype, gathered as the layout says."""
+    return place(param[...].astype(dtype), param.get_metadata("role"), layout)
+
+
+def place(weight: jax.Array, role: str, layout: Layout | None) -> jax.Array:
+    """Gathers a weight as the layout says; without a layout, returns it as it is."""
+    return weight if layout is None else layout.use(role, weight)
+
+
+def constrain(layout: Layout | None, role: str, x: jax.Array) -> jax.Array:
+    """Lays out a tensor by its role; without a layout, returns it as it is."""
+    return x if layout is None else layout.constrain(role, x)
+
+
+def broadcast(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """Gives a bias or a scale of the last dims the rank of `x`."""
+    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
