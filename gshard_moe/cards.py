@@ -7,7 +7,10 @@ round-trip.
 
 import dataclasses
 import json
+import math
+import os
 import pathlib
+import re
 import tomllib
 import types
 import typing
@@ -27,7 +30,16 @@ _LAYOUT_KEYS = ("gather", "optimizer", "user")
 
 
 class CardError(ValueError):
-    """Reports every fault of a card at once, a line each, with the file and the key."""
+    """Reports every fault of a card at once, a line each, with the file and the key.
+
+    Attributes:
+      partial: the config as far as it could be read, for those who look for further faults.
+    """
+
+    def __init__(self, message: str, *, partial: Any = None):
+        """Takes the whole message."""
+        self.partial = partial
+        super().__init__(message)
 
 
 def names(kind: Kind) -> list[str]:
@@ -35,24 +47,28 @@ def names(kind: Kind) -> list[str]:
     return sorted(path.stem for path in _folder(kind).glob("*.toml"))
 
 
-def path_of(kind: Kind, name_or_path: str) -> pathlib.Path:
+def path_of(kind: Kind, name_or_path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the file of a card: an argument that ends in `.toml` is a path, else a name.
 
     Raises:
       CardError: if there is no such card; the message lists those that there are.
     """
-    if name_or_path.endswith(".toml"):
-        path = pathlib.Path(name_or_path)
+    name = os.fspath(name_or_path)
+    if name.endswith(".toml"):
+        # Unlike a Path's, this answers no to whatever cannot be a file, however long or odd.
+        there = os.path.isfile(name)
+        path = pathlib.Path(name)
         hint = "an argument that ends in .toml is a path, anything else a name"
     else:
-        path = _folder(kind) / f"{name_or_path}.toml"
+        there = name in names(kind)
+        path = _folder(kind) / f"{name}.toml"
         hint = f"the {kind} are {', '.join(names(kind))}; a path must end in .toml"
-    if not path.is_file():
-        raise CardError(f"{kind}: a card must exist; got {name_or_path!r}; {hint}")
+    if not there:
+        raise CardError(f"{kind}: a card must exist; got {config.shown(name)}; {hint}")
     return path
 
 
-def load_model(name_or_path: str) -> config.ModelConfig:
+def load_model(name_or_path: str | os.PathLike[str]) -> config.ModelConfig:
     """Reads a model card.
 
     Raises:
@@ -62,7 +78,7 @@ def load_model(name_or_path: str) -> config.ModelConfig:
     return parse_model(_read(path), source=_shown(path))
 
 
-def load_sharding(name_or_path: str) -> config.ShardingConfig:
+def load_sharding(name_or_path: str | os.PathLike[str]) -> config.ShardingConfig:
     """Reads a sharding card; what its layouts mean is checked by `layout.Layout`.
 
     Raises:
@@ -72,7 +88,7 @@ def load_sharding(name_or_path: str) -> config.ShardingConfig:
     return parse_sharding(_read(path), source=_shown(path))
 
 
-def source_of(kind: Kind, name_or_path: str) -> str:
+def source_of(kind: Kind, name_or_path: str | os.PathLike[str]) -> str:
     """Returns the card's file as messages name it: `shardings/expert.toml`."""
     return _shown(path_of(kind, name_or_path))
 
@@ -80,16 +96,23 @@ def source_of(kind: Kind, name_or_path: str) -> str:
 def parse_model(text: str, *, source: str) -> config.ModelConfig:
     """Reads the text of a model card; `source` names it in messages."""
     table = _toml(text, source)
-    faults: list[tuple[str, str]] = []
+    faults = []
     moe = table.get("moe")
     if isinstance(moe, dict):
-        faults += [
-            (f"moe.{key}", "must not be written: it is the model's own; remove it")
-            for key in _INHERITED_BY_MOE
-            if key in moe
-        ]
-        table["moe"] = moe | {key: table[key] for key in _INHERITED_BY_MOE if key in table}
-    return _build(config.ModelConfig, table, source, faults)
+        written = [key for key in _INHERITED_BY_MOE if key in moe]
+        message = "must not be written: it is the model's own; remove it"
+        faults = [(f"moe.{key}", message) for key in written]
+        table["moe"] = moe | {key: table.get(key) for key in _INHERITED_BY_MOE}
+    try:
+        model = _read_table(config.ModelConfig, table)
+    except config.ConfigError as error:
+        # What is wrong with an inherited value was said of the model's own.
+        inherited = [f"moe.{key}" for key in _INHERITED_BY_MOE]
+        faults += [fault for fault in error.faults if fault[0] not in inherited]
+        raise _card_error(source, faults, error.partial) from None
+    if faults:
+        raise _card_error(source, faults, model)
+    return model
 
 
 def parse_sharding(text: str, *, source: str) -> config.ShardingConfig:
@@ -100,7 +123,11 @@ def parse_sharding(text: str, *, source: str) -> config.ShardingConfig:
         roles = {key: value for key, value in layout.items() if key not in _LAYOUT_KEYS}
         rest = {key: value for key, value in layout.items() if key in _LAYOUT_KEYS}
         table["layout"] = rest | {"roles": roles}
-    return _build(config.ShardingConfig, table, source, [])
+    try:
+        return _read_table(config.ShardingConfig, table)
+    except config.ConfigError as error:
+        faults = [(re.sub(r"^layout\.roles\.", "layout.", key), m) for key, m in error.faults]
+        raise _card_error(source, faults, error.partial) from None
 
 
 def dump(card: config.ModelConfig | config.ShardingConfig) -> str:
@@ -127,12 +154,12 @@ def _folder(kind: Kind) -> pathlib.Path:
 
 def _shown(path: pathlib.Path) -> str:
     """Names a card by its folder and file: enough to find it, the same on every machine."""
-    return "/".join(path.parts[-2:])
+    return pathlib.PurePath(*path.parts[-2:]).as_posix()
 
 
 def _read(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
     except UnicodeDecodeError as error:
         raise CardError(f"{_shown(path)}: must be UTF-8 text; {error}") from error
     except OSError as error:
@@ -142,82 +169,63 @@ def _read(path: pathlib.Path) -> str:
 def _toml(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise CardError(f"{source}: must be TOML; {error}") from error
+    except RecursionError:
+        raise CardError(f"{source}: must be TOML; got lists or tables nested too deeply") from None
+    except ValueError as error:  # tomllib's own, or of an integer with too many digits
+        line = re.search(r"at line (\d+)", str(error))
+        got = f"; got {config.shown(text.splitlines()[int(line[1]) - 1].strip())}" if line else ""
+        raise CardError(f"{source}: must be TOML; {error}{got}") from error
 
 
-def _build[T](cls: type[T], table: dict[str, Any], source: str, faults: list) -> T:
-    """Makes a dataclass of a table, or raises one error with every fault."""
-    value = _dataclass(cls, table, "", faults)
-    if faults:
-        lines = (f"{source}: {key}: {message}" for key, message in faults)
-        raise CardError("\n".join(dict.fromkeys(lines)))
-    assert value is not None
-    return value
+def _card_error(source: str, faults: list[tuple[str, str]], partial: Any) -> CardError:
+    lines = (f"{source}: {key}: {message}" for key, message in faults)
+    return CardError("\n".join(dict.fromkeys(lines)), partial=partial)
 
 
-def _dataclass[T](cls: type[T], table: dict[str, Any], prefix: str, faults: list) -> T | None:
-    """Reads one table; appends its faults and returns None where it has any."""
+def _read_table[T](cls: type[T], table: dict[str, Any]) -> T:
+    """Makes a dataclass of a table.
+
+    Raises:
+      ConfigError: with every fault of the table and of those in it.
+    """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    before = len(faults)
-    for key in table:
-        if key not in fields:
-            known = ", ".join(fields)
-            faults.append((prefix + key, f"is an unknown key; the keys are {known}"))
+    known = ", ".join(fields)
+    faults = [
+        (config.key_shown(key), f"is an unknown key; the keys are {known}")
+        for key in table
+        if key not in fields
+    ]
     values = {}
     for name, field in fields.items():
         if name in table:
-            values[name] = _value(hints[name], table[name], prefix + name, faults)
+            values[name] = _value(hints[name], table[name])
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            faults.append((prefix + name, f"is missing; add {name} = {_spelled(hints[name])}"))
-    if len(faults) > before:
-        return None
+            message = f"is missing; add {name} = {config.spelled(hints[name])}"
+            values[name] = config.Unread([("", message)])
     try:
-        return cls(**values)
+        made = cls(**values)
     except config.ConfigError as error:
-        faults += [(prefix + key, message) for key, message in error.faults]
-        return None
+        raise config.ConfigError(faults + error.faults, partial=error.partial) from None
+    if faults:
+        raise config.ConfigError(faults, partial=made)
+    return made
 
 
-def _value(hint: Any, value: Any, key: str, faults: list) -> Any:
-    """Reads one value by its type hint; appends a fault where it does not fit."""
+def _value(hint: Any, value: Any) -> Any:
+    """Gives a TOML value the form of its field; whether it fits, the dataclass says."""
     if isinstance(hint, types.UnionType):  # only `X | None`; TOML has no null
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _dataclass(typing.cast(type, hint), value, f"{key}.", faults)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(value, list) and all(type(v) is args[0] for v in value):
+    if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        try:
+            return _read_table(typing.cast(type, hint), value)
+        except config.ConfigError as error:
+            return config.Unread(error.faults, partial=error.partial)
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
         return tuple(value)
-    if origin is Mapping and isinstance(value, dict):
-        wrong = [name for name, item in value.items() if type(item) is not args[1]]
-        faults += [
-            (f"{key}.{name}", f"must be {_spelled(args[1])}; got {json.dumps(value[name])}")
-            for name in wrong
-        ]
-        return dict(value)
-    if origin is Literal and type(value) is str and value in args:
-        return value
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if origin is None and type(value) is hint:
-        return value
-    faults.append((key, f"must be {_spelled(hint)}; got {json.dumps(value, default=str)}"))
-    return None
-
-
-def _spelled(hint: Any) -> str:
-    """Says in words what a value must be."""
-    if isinstance(hint, types.UnionType):
-        return _spelled(typing.get_args(hint)[0])
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " | ".join(json.dumps(arg) for arg in args)
-    if origin is tuple:
-        return f"a list, each {_spelled(args[0])}"
-    if origin is Mapping or dataclasses.is_dataclass(hint):
-        return "a table"
-    return {int: "an integer", float: "a number", bool: "true | false", str: "a string"}[hint]
+    if type(value) is int and hint is float:
+        return float(value) if abs(value) < 2**1000 else math.inf
+    return value
 
 
 def _lines(table: Mapping[str, Any], prefix: str) -> list[str]:
@@ -225,7 +233,7 @@ def _lines(table: Mapping[str, Any], prefix: str) -> list[str]:
     lines = []
     for key, value in table.items():
         if not isinstance(value, Mapping):
-            lines.append(f"{key} = {_literal(value)}")
+            lines.append(f"{config.key_shown(key)} = {_literal(value)}")
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
             lines += ["", f"[{prefix}{key}]", *_lines(value, f"{prefix}{key}.")]
@@ -235,5 +243,5 @@ def _lines(table: Mapping[str, Any], prefix: str) -> list[str]:
 def _literal(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_literal(item) for item in value)}]"
-    # JSON's strings, booleans, integers and floats are TOML's, but for a bare exponent like 1e-06.
-    return json.dumps(value)
+    # JSON's strings, booleans, integers and floats are TOML's, but for this one character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

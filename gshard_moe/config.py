@@ -4,13 +4,18 @@ They are the API; a card (`gshard_moe.cards`) is only their file form. A model c
 computed (`ModelConfig`), a sharding card says *how* (`ShardingConfig`); whatever a sharding card
 says, the function computed is the same. Nothing here knows JAX.
 
-Every `__post_init__` reports all faults at once, as `ConfigError`, under the user's own names.
+Each of them reports all its faults at once, as `ConfigError`, under the user's own names.
 """
 
 import dataclasses
+import functools
+import json
 import math
-from collections.abc import Mapping
-from typing import Literal
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 Activation = Literal["relu", "gelu", "swiglu"]
 Priority = Literal["token", "choice"]
@@ -27,50 +32,102 @@ class ConfigError(ValueError):
     Attributes:
       faults: one `(key, message)` for each; a key is dotted (`moe.top_k`), so that `cards` can put
         the file before it.
+      partial: the config that was refused, for those who look for further faults.
     """
 
-    def __init__(self, faults: list[tuple[str, str]]):
+    def __init__(self, faults: list[tuple[str, str]], *, partial: Any = None):
+        """Spells the faults, a line each."""
         self.faults = faults
+        self.partial = partial
         super().__init__("\n".join(f"{key}: {message}" for key, message in faults))
 
 
+class Unread(NamedTuple):
+    """Stands for a field that could not be read, so that the others are checked all the same.
+
+    A config that is given one always refuses, with these faults beside its own.
+
+    Attributes:
+      faults: as in `ConfigError`, with keys relative to the field; "" is the field itself.
+      partial: what could be read of it, if it is a config.
+    """
+
+    faults: list[tuple[str, str]]
+    partial: Any = None
+
+
 class _Faults:
-    """Collects faults and raises them together."""
+    """Collects the faults of a config.
 
-    def __init__(self) -> None:
+    Each check names the fields that it is about, and is left out where one of them has a fault
+    already: one mistake makes one message.
+    """
+
+    def __init__(self, config: object) -> None:
+        """Checks that every field has its type, is finite and fits 32 bits."""
         self.found: list[tuple[str, str]] = []
-
-    def require(self, holds: bool, key: str, message: str) -> None:
-        if not holds:
-            self.found.append((key, message))
-
-    def positive(self, config: object, *names: str) -> None:
-        for name in names:
+        self._config = config
+        self._faulty: set[str] = set()
+        for name, hint in _hints(type(config)).items():
             value = getattr(config, name)
-            self.require(value > 0, name, f"must be positive; got {name}={value}")
+            if isinstance(value, Unread):
+                object.__setattr__(config, name, value.partial)  # for the checks that follow
+                self._faulty |= {name} if value.partial is None else {f"{name}.*"}
+                found = value.faults
+            else:
+                found = _misfits(hint, value)
+            for key, message in found:
+                self._add_faulty(f"{name}.{key}" if key else name, message)
 
-    def not_negative(self, config: object, *names: str) -> None:
+    def require(
+        self, key: str, fields: tuple[str, ...], holds: Callable[[], bool], message: str
+    ) -> None:
+        """Adds a fault under `key` unless it holds; the message ends with what the fields are."""
+        about = {*fields, *(field.split(".")[0] for field in fields)}
+        if self._faulty.isdisjoint(about) and not holds():
+            self.found.append((key, f"{message}; got {', '.join(map(self._got, fields))}"))
+
+    def positive(self, *names: str) -> None:
         for name in names:
-            value = getattr(config, name)
-            self.require(value >= 0, name, f"must not be negative; got {name}={value}")
+            if name not in self._faulty and self._value(name) <= 0:
+                self._add_faulty(name, f"must be positive; got {self._got(name)}")
 
-    def finite(self, config: object) -> None:
-        for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
-            value = getattr(config, field.name)
-            if isinstance(value, float):
-                self.require(
-                    math.isfinite(value),
-                    field.name,
-                    f"must be finite; got {field.name}={value}",
-                )
+    def not_negative(self, *names: str) -> None:
+        for name in names:
+            if name not in self._faulty and self._value(name) < 0:
+                self._add_faulty(name, f"must not be negative; got {self._got(name)}")
 
-    def raise_if_any(self) -> None:
-        if self.found:
-            raise ConfigError(self.found)
+    @property
+    def any(self) -> bool:
+        return bool(self.found or self._faulty)
+
+    def _add_faulty(self, key: str, message: str) -> None:
+        self.found.append((key, message))
+        self._faulty.add(key)
+
+    def _value(self, name: str) -> Any:
+        return functools.reduce(getattr, name.split("."), self._config)
+
+    def _got(self, name: str) -> str:
+        return f"{name}={shown(self._value(name))}"
+
+
+class _Checked:
+    """A config that cannot be made with a fault in it."""
+
+    def __post_init__(self) -> None:
+        """Checks every field, and then how the fields fit each other."""
+        faults = _Faults(self)
+        self._check(faults)
+        if faults.any:
+            raise ConfigError(faults.found, partial=self)
+
+    def _check(self, faults: _Faults) -> None:
+        """Adds what is wrong beside the fields' types."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(_Checked):
     """What one Mixture-of-Experts layer computes.
 
     Attributes:
@@ -115,19 +172,17 @@ class MoEConfig:
     every: int = 1
     first_dense: int = 0
 
-    def __post_init__(self) -> None:
-        faults = _Faults()
-        faults.finite(self)
-        faults.positive(self, "model_dim", "num_experts", "top_k", "hidden_dim", "group_size")
-        faults.positive(self, "capacity_factor", "eval_capacity_factor", "every")
-        faults.positive(self, "router_init_scale", "expert_init_scale")
-        faults.not_negative(self, "first_dense", "aux_loss_weight", "z_loss_weight")
+    def _check(self, faults: _Faults) -> None:
+        faults.positive("model_dim", "num_experts", "top_k", "hidden_dim", "group_size")
+        faults.positive("capacity_factor", "eval_capacity_factor", "every")
+        faults.positive("router_init_scale", "expert_init_scale")
+        faults.not_negative("first_dense", "aux_loss_weight", "z_loss_weight")
         faults.require(
-            self.top_k <= self.num_experts,
             "top_k",
-            f"must be at most num_experts; got top_k={self.top_k}, num_experts={self.num_experts}",
+            ("top_k", "num_experts"),
+            lambda: self.top_k <= self.num_experts,
+            "must be at most num_experts",
         )
-        faults.raise_if_any()
 
     def capacity(self, *, train: bool) -> int:
         """Returns C, the slots of one expert for one group of `group_size` tokens.
@@ -151,7 +206,7 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """How a model is trained; every field has a flag of its own in `gshard-moe train`.
 
     Attributes:
@@ -175,19 +230,16 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"]
     accumulate: int = 1
 
-    def __post_init__(self) -> None:
-        faults = _Faults()
-        faults.finite(self)
-        faults.positive(self, "batch_size", "seq_len", "steps", "learning_rate", "clip_norm")
-        faults.positive(self, "accumulate")
-        faults.not_negative(self, "warmup_steps", "weight_decay")
+    def _check(self, faults: _Faults) -> None:
+        faults.positive("batch_size", "seq_len", "steps", "learning_rate", "clip_norm")
+        faults.positive("accumulate")
+        faults.not_negative("warmup_steps", "weight_decay")
         faults.require(
-            self.accumulate < 1 or self.batch_size % self.accumulate == 0,
             "accumulate",
-            "batch_size must divide by accumulate; "
-            f"got batch_size={self.batch_size}, accumulate={self.accumulate}",
+            ("batch_size", "accumulate"),
+            lambda: self.batch_size % self.accumulate == 0,
+            "batch_size must divide by accumulate",
         )
-        faults.raise_if_any()
 
     @property
     def microbatch_size(self) -> int:
@@ -196,7 +248,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """What a decoder-only Transformer computes.
 
     Attributes:
@@ -238,53 +290,50 @@ class ModelConfig:
     train: TrainConfig
     moe: MoEConfig | None = None
 
-    def __post_init__(self) -> None:
-        faults = _Faults()
-        faults.finite(self)
-        faults.positive(self, "vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads")
-        faults.positive(self, "head_dim", "dense_hidden_dim", "max_positions", "norm_eps")
-        faults.positive(self, "rope_theta", "home_devices")
+    def _check(self, faults: _Faults) -> None:
+        faults.positive("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads")
+        faults.positive("head_dim", "dense_hidden_dim", "max_positions", "norm_eps")
+        faults.positive("rope_theta", "home_devices")
         faults.require(
-            self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
-            "num_heads must divide by num_kv_heads; "
-            f"got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}",
+            ("num_heads", "num_kv_heads"),
+            lambda: self.num_heads % self.num_kv_heads == 0,
+            "num_heads must divide by num_kv_heads",
         )
         faults.require(
-            self.positions != "rotary" or self.head_dim % 2 == 0,
             "head_dim",
-            f"must be even for rotary positions; got head_dim={self.head_dim}",
+            ("head_dim", "positions"),
+            lambda: self.positions != "rotary" or self.head_dim % 2 == 0,
+            "must be even for rotary positions",
         )
         faults.require(
-            self.train.seq_len <= self.max_positions,
             "train.seq_len",
-            "must be at most max_positions; "
-            f"got seq_len={self.train.seq_len}, max_positions={self.max_positions}",
+            ("train.seq_len", "max_positions"),
+            lambda: self.train.seq_len <= self.max_positions,
+            "must be at most max_positions",
         )
-        if self.moe is not None:
+        if isinstance(self.moe, MoEConfig):
             self._check_moe(self.moe, faults)
-        faults.raise_if_any()
 
     def _check_moe(self, moe: MoEConfig, faults: _Faults) -> None:
         for name in ("model_dim", "bias"):
-            ours, theirs = getattr(self, name), getattr(moe, name)
             faults.require(
-                ours == theirs,
                 f"moe.{name}",
-                f"must be the model's; got moe.{name}={theirs}, {name}={ours}",
+                (f"moe.{name}", name),
+                lambda name=name: getattr(moe, name) == getattr(self, name),
+                "must be the model's",
             )
-        tokens = self.train.microbatch_size * self.train.seq_len
         faults.require(
-            tokens % moe.group_size == 0,
             "moe.group_size",
-            "must divide the tokens of a forward pass, batch_size / accumulate * seq_len; "
-            f"got group_size={moe.group_size}, tokens={tokens}",
+            ("moe.group_size", "train.batch_size", "train.accumulate", "train.seq_len"),
+            lambda: self.train.microbatch_size * self.train.seq_len % moe.group_size == 0,
+            "must divide the tokens of a forward pass, batch_size / accumulate * seq_len",
         )
         faults.require(
-            any(self.is_moe_block(i) for i in range(self.num_layers)),
             "moe.every",
-            "must leave at least one MoE block; "
-            f"got num_layers={self.num_layers}, first_dense={moe.first_dense}, every={moe.every}",
+            ("num_layers", "moe.first_dense", "moe.every"),
+            lambda: self.num_layers // moe.every * moe.every > moe.first_dense,
+            "must leave at least one MoE block",
         )
 
     def is_moe_block(self, index: int) -> bool:
@@ -294,36 +343,44 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(_Checked):
     """Names and sizes of the mesh axes, outermost first; one size may be -1: what is left."""
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        faults = _Faults()
+    def _check(self, faults: _Faults) -> None:
+        faults.require("axes", ("axes",), lambda: len(self.axes) > 0, "must name an axis or more")
         faults.require(
-            len(self.axes) == len(self.shape),
             "shape",
-            f"must have one size for each axis; got axes={list(self.axes)}, "
-            f"shape={list(self.shape)}",
+            ("axes", "shape"),
+            lambda: len(self.axes) == len(self.shape),
+            "must have one size for each axis",
         )
-        for axis in sorted({axis for axis in self.axes if self.axes.count(axis) > 1}):
-            faults.require(
-                False, "axes", f"each axis must be named once; got {axis} more than once"
-            )
-        for axis in self.axes:
-            faults.require(axis.isidentifier(), "axes", f"an axis must be a word; got {axis!r}")
         faults.require(
-            self.shape.count(-1) <= 1,
-            "shape",
-            f"at most one size may be -1 (what is left); got shape={list(self.shape)}",
+            "axes",
+            ("axes",),
+            lambda: all(re.fullmatch("[A-Za-z][A-Za-z0-9_]*", axis) for axis in self.axes),
+            "an axis must be a word of letters, digits and _, of ASCII",
         )
-        for size in self.shape:
-            faults.require(
-                size > 0 or size == -1, "shape", f"a size must be positive or -1; got {size}"
-            )
-        faults.raise_if_any()
+        faults.require(
+            "axes",
+            ("axes",),
+            lambda: len(set(self.axes)) == len(self.axes),
+            "an axis must be named once",
+        )
+        faults.require(
+            "shape",
+            ("shape",),
+            lambda: self.shape.count(-1) <= 1,
+            "at most one size may be -1 (what is left)",
+        )
+        faults.require(
+            "shape",
+            ("shape",),
+            lambda: all(size > 0 or size == -1 for size in self.shape),
+            "a size must be positive or -1",
+        )
 
     def override(self, sizes: Mapping[str, int]) -> "MeshConfig":
         """Returns this mesh with other sizes for some of its axes.
@@ -332,7 +389,7 @@ class MeshConfig:
           ConfigError: if an axis is not of this mesh.
         """
         unknown = [
-            (f"mesh.{axis}", f"must be one of {list(self.axes)}; got axis {axis}={size}")
+            ("axes", f"an axis must be one of {list(self.axes)}; got {axis}={size}")
             for axis, size in sizes.items()
             if axis not in self.axes
         ]
@@ -350,25 +407,26 @@ class MeshConfig:
         """
         fixed = math.prod(size for size in self.shape if size != -1)
         mesh = ", ".join(f"{a}={s}" for a, s in zip(self.axes, self.shape, strict=True))
-        numbers = f"got {mesh} ({fixed} devices), devices={num_devices}"
-        change = f"use --mesh to give other sizes, or {fixed} devices"
+        needed = f"{fixed} device{'s' * (fixed != 1)}"
+        numbers = f"got {mesh} ({needed}), devices={num_devices}"
+        change = f"use --mesh to give other sizes, or {needed}"
         if fixed > num_devices:
             message = f"the mesh must not need more devices than there are; {numbers}; {change}"
-            raise ConfigError([("mesh.shape", message)])
+            raise ConfigError([("shape", message)])
         if -1 in self.shape:
             if num_devices % fixed:
                 message = f"the devices must divide by the fixed sizes; {numbers}; {change}"
-                raise ConfigError([("mesh.shape", message)])
+                raise ConfigError([("shape", message)])
             return tuple(num_devices // fixed if size == -1 else size for size in self.shape)
         if fixed < num_devices:
             unused = num_devices - fixed
             message = f"the mesh must not leave devices unused ({unused} are); {numbers}; {change}"
-            raise ConfigError([("mesh.shape", message)])
+            raise ConfigError([("shape", message)])
         return self.shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
+class ComputeConfig(_Checked):
     """How the computation is written, where several ways give the same function.
 
     Attributes:
@@ -384,14 +442,12 @@ class ComputeConfig:
     unroll: int = 1
     remat: Remat = "none"
 
-    def __post_init__(self) -> None:
-        faults = _Faults()
-        faults.positive(self, "unroll")
-        faults.raise_if_any()
+    def _check(self, faults: _Faults) -> None:
+        faults.positive("unroll")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayoutConfig:
+class LayoutConfig(_Checked):
     """Where the dimensions of every tensor live, as text: `"E/expert G/data C M"`.
 
     Attributes:
@@ -408,7 +464,7 @@ class LayoutConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExchangeConfig:
+class ExchangeConfig(_Checked):
     """How tokens meet experts.
 
     Attributes:
@@ -419,10 +475,80 @@ class ExchangeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardingConfig:
+class ShardingConfig(_Checked):
     """A sharding card: how a model is laid out and run."""
 
     mesh: MeshConfig
     layout: LayoutConfig
-    compute: ComputeConfig = ComputeConfig()
-    exchange: ExchangeConfig = ExchangeConfig()
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    exchange: ExchangeConfig = dataclasses.field(default_factory=ExchangeConfig)
+
+
+def spelled(hint: Any) -> str:
+    """Says in words what a value of this type must be."""
+    if isinstance(hint, types.UnionType):  # only `X | None`
+        return spelled(typing.get_args(hint)[0])
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " | ".join(json.dumps(arg) for arg in args)
+    if origin is tuple:
+        return f"a list, each {spelled(args[0])}"
+    words = {int: "an integer", float: "a number", bool: "true | false", str: "a string"}
+    return words.get(hint, "a table")
+
+
+def shown(value: object) -> str:
+    """Spells a value for a message, as a card would, cut where it is long."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError):  # an integer of more digits than Python prints
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def key_shown(key: object) -> str:
+    """Spells a key for a message and for a card: bare where TOML allows, else quoted."""
+    if isinstance(key, str) and re.fullmatch("[A-Za-z0-9_-]+", key):
+        return key
+    return json.dumps(key, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+# The largest size or count: shapes, steps and token ids are 32-bit integers on the devices.
+_MAX_INTEGER = 2**31 - 1
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _misfits(hint: Any, value: object) -> list[tuple[str, str]]:
+    """Returns what is wrong with the type of a field's value, as faults relative to the field."""
+    if typing.get_origin(hint) is Mapping and isinstance(value, Mapping):
+        item = typing.get_args(hint)[1]
+        return [
+            (key_shown(key), f"must be {spelled(item)}; got {shown(value[key])}")
+            for key in value
+            if not (_fits(str, key) and _fits(item, value[key]))
+        ]
+    if not _fits(hint, value):
+        return [("", f"must be {spelled(hint)}; got {shown(value)}")]
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            return [("", f"must be finite; got {shown(number)}")]
+        if isinstance(number, int) and abs(number) > _MAX_INTEGER:
+            return [("", f"must fit 32 bits, at most {_MAX_INTEGER}; got {shown(number)}")]
+    return []
+
+
+def _fits(hint: Any, value: object) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(arg, value) for arg in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(args[0], item) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else origin or hint)

@@ -27,17 +27,17 @@ class RouterStats(NamedTuple):
       entropy_G: the sum of the entropy of the router's probabilities, in nats.
     """
 
-    tokens_G: Float[Array, "G"]
+    tokens_G: Float[Array, " G"]
     chosen_GE: Float[Array, "G E"]
     probability_GE: Float[Array, "G E"]
-    squared_lse_G: Float[Array, "G"]
-    entropy_G: Float[Array, "G"]
+    squared_lse_G: Float[Array, " G"]
+    entropy_G: Float[Array, " G"]
 
 
 def load_balance_loss(
     stats: RouterStats, *, scope: Literal["group", "batch"] = "group"
 ) -> Float[Array, ""]:
-    """Returns E * sum_e f_e P_e: 1 where the load is perfectly balanced, E where one expert has all.
+    """Returns E * sum_e f_e P_e: 1 at perfect balance, E where one expert has all.
 
     f_e is the share of all K choices that fell on expert e, before drops; P_e the mean probability
     of e. For K = 1 it is Switch Transformer's; for K = 2 GShard's counts first choices only and is

@@ -7,12 +7,17 @@ alone the partitioner is free to gather all tokens instead, and does.
 G groups, S tokens, E experts, C slots, M model width.
 """
 
+import math
+from collections.abc import Sequence
+
 import jax
 from jaxtyping import Array, Float
 
 from gshard_moe import config, experts
 from gshard_moe.dispatch import Slots, einsum, gather
-from gshard_moe.experts import Constrain, ExpertWeights
+from gshard_moe.experts import Constrain, ExpertWeights, Use
+from gshard_moe.layout import Layout, traffic
+from gshard_moe.layout.traffic import Collective
 
 
 def exchange(
@@ -23,16 +28,18 @@ def exchange(
     activation: config.Activation,
     dispatch: config.Dispatch,
     constrain: Constrain,
+    use: Use,
 ) -> Float[Array, "G S M"]:
     """Takes tokens to their experts and back.
 
     Args:
       x_GSM: the tokens.
       slots: who goes where.
-      weights: of all experts, as used.
+      weights: of all experts, as stored.
       activation: of the experts.
       dispatch: `gather` or `einsum`.
       constrain: lays out a tensor by its role.
+      use: lays out a weight for its use.
     Returns:
       The weighted sum of each token's served experts.
     Source: GShard, arXiv 2006.16668, algorithm 2 and section 3.2.
@@ -49,10 +56,52 @@ def exchange(
         xs_EGCM = constrain("slots_wire", constrain("slots_source", xs_EGCM))
         xs_EGCM = constrain("slots", xs_EGCM)
     with jax.named_scope("expert"):
-        ys_EGCM = experts.ffn(weights, xs_EGCM, activation, constrain)
+        ys_EGCM = experts.ffn(weights, xs_EGCM, activation, constrain=constrain, use=use)
     with jax.named_scope("exchange"):
         ys_EGCM = constrain("slots_source", constrain("slots_wire", ys_EGCM))
     with jax.named_scope("combine"):
         if dispatch == "einsum":
             return einsum.combine(ys_EGCM, combine_GSEC)
         return gather.combine(ys_EGCM, slots)
+
+
+def collectives(
+    layout: Layout,
+    shape_GSM: Sequence[int],
+    shape_EGCM: Sequence[int],
+    itemsize: int,
+    *,
+    num_inputs: int,
+    recomputed: bool,
+) -> list[Collective]:
+    """Returns what one MoE layer's exchange sends in a training step.
+
+    Args:
+      layout: on a mesh.
+      shape_GSM: of the tokens.
+      shape_EGCM: of the slots.
+      itemsize: bytes of one element.
+      num_inputs: input matrices of an expert; each has its own gradient of the slots.
+      recomputed: the backward runs the forward again, and its exchange with it.
+    """
+    out = traffic.reshard(layout, "slots_source", "slots_wire", shape_EGCM, itemsize)
+    out += traffic.reshard(layout, "slots_wire", "slots", shape_EGCM, itemsize)
+    back = traffic.reshard(layout, "slots_wire", "slots_source", shape_EGCM, itemsize)
+    # Tokens are whole where they are combined, and so are their gradients where they came from.
+    wire = layout.axes_of("slots_wire", "M")
+    tokens = [axis for axis in wire if axis not in layout.axes_of("groups", "M")]
+    held = itemsize * math.prod(layout.shape_per_device("groups", shape_GSM))
+    back += traffic.one(layout, "all-gather", tokens, held, "groups")
+    # The sum over a split hidden dim goes straight to the wire's layout.
+    hidden = layout.axes_of("slots_hidden", "H")
+    held = traffic.held_bytes(layout, "slots", shape_EGCM, itemsize)
+    sums = traffic.one(
+        layout, "reduce-scatter", [axis for axis in hidden if axis in wire], held, "slots_wire"
+    )
+    sums += traffic.one(
+        layout, "all-reduce", [axis for axis in hidden if axis not in wire], held, "slots_wire"
+    )
+    # The backward of each way is the other way, with the same bytes.
+    forward = out + back + sums
+    backward = out + back + traffic.times(sums, num_inputs)
+    return forward + backward + (forward if recomputed else [])

@@ -7,10 +7,10 @@ from gshard_moe.layout.layout import (
     Stage,
     axis_type,
     free_axes,
-    letter_sizes,
     parse_mesh,
 )
 from gshard_moe.layout.notation import ACTIVATIONS, LETTERS, PARAMETERS, ROLES, Dim
+from gshard_moe.layout.sizes import letter_sizes, parameters_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,5 +25,6 @@ __all__ = [
     "axis_type",
     "free_axes",
     "letter_sizes",
+    "parameters_of",
     "parse_mesh",
 ]

@@ -8,6 +8,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
+import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -17,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gshard_moe import cards, config
-from gshard_moe.layout import notation
+from gshard_moe.layout import notation, sizes
 
 # A parameter is `stored` between steps, `used` in the computation (the axes of `layout.gather`
 # dropped), and its master copy and moments are in the `optimizer`'s layout.
@@ -69,17 +72,24 @@ class Layout:
                 resized = sharding.mesh.override(mesh)
             sharding = dataclasses.replace(sharding, mesh=resized)
         self.config = sharding
-        self._dims = self._parse()
+        self._dims, faults = notation.read(sharding.layout, self.axes)
+        if faults:
+            raise LayoutError("\n".join(f"{source}: {fault}" for fault in faults))
 
     @classmethod
-    def load(cls, name_or_path: str, *, mesh: MeshLike = None) -> "Layout":
+    def load(cls, name_or_path: str | os.PathLike[str], *, mesh: MeshLike = None) -> "Layout":
         """Reads a sharding card by name or path; `mesh` as in `Layout`.
 
         Raises:
           CardError, LayoutError: with every fault of the card.
         """
         source = cards.source_of("shardings", name_or_path)
-        return cls(cards.load_sharding(name_or_path), source=source, mesh=mesh)
+        try:
+            sharding = cards.load_sharding(name_or_path)
+        except cards.CardError as error:
+            more = [f"{source}: {fault}" for fault in notation.faults_of_partial(error.partial)]
+            raise cards.CardError("\n".join([str(error), *more])) from None
+        return cls(sharding, source=source, mesh=mesh)
 
     def on(self, mesh: Mesh | AbstractMesh | int) -> "Layout":
         """Returns this layout on a mesh, or on an abstract one of that many devices.
@@ -90,7 +100,7 @@ class Layout:
         if isinstance(mesh, int):
             with _as_layout_error(self.source):
                 sizes = self.config.mesh.resolve(mesh)
-            mesh = AbstractMesh(sizes, self.axes)
+            mesh = AbstractMesh(sizes, self.axes, axis_types=(AxisType.Auto,) * len(sizes))
         return Layout(self.config, source=self.source, mesh=mesh)
 
     @property
@@ -98,7 +108,10 @@ class Layout:
         """The names of the mesh axes, outermost first."""
         return self.config.mesh.axes
 
-    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh | AbstractMesh:
+    def mesh(
+        self,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    ) -> Mesh | AbstractMesh:
         """Returns the mesh: the bound one, or the card's over `devices` (default: all).
 
         Raises:
@@ -117,8 +130,19 @@ class Layout:
         return dict(self.mesh().shape)
 
     def axes_of(self, role: str, letter: str, stage: Stage = "stored") -> tuple[str, ...]:
-        """Returns the mesh axes that a dimension of a role is split over."""
-        return next(dim.axes for dim in self.dims(role, stage) if dim.letter == letter)
+        """Returns the mesh axes that a dim of a role is split over.
+
+        Raises:
+          LayoutError: if the role is unknown or has no such dim.
+        """
+        dims = self.dims(role, stage)
+        for dim in dims:
+            if dim.letter == letter:
+                return dim.axes
+        letters = " ".join(dim.letter for dim in dims)
+        raise LayoutError(
+            f"{self.source}: layout.{role}: a dim must be one of {letters}; got {letter!r}"
+        )
 
     def dims(self, role: str, stage: Stage = "stored") -> tuple[notation.Dim, ...]:
         """Returns a role's dimensions, each with its mesh axes.
@@ -126,14 +150,17 @@ class Layout:
         Raises:
           LayoutError: if the role is unknown.
         """
-        if role not in self._dims["stored"]:
-            known = ", ".join(self._dims["stored"])
+        stages = typing.get_args(Stage)
+        if stage not in stages:
+            raise ValueError(f"stage must be one of {', '.join(stages)}; got stage={stage!r}")
+        if role not in self._dims.stored:
+            known = ", ".join(self._dims.stored)
             raise LayoutError(
                 f"{self.source}: layout: a role must be known; got {role!r}; the roles are {known}"
             )
+        dims = self._dims.stored[role]
         if stage == "optimizer":
-            return self._dims["optimizer"].get(role) or self._dims["stored"][role]
-        dims = self._dims["stored"][role]
+            return self._dims.optimizer.get(role, dims)
         if stage == "used" and role in notation.PARAMETERS:
             gather = self.config.layout.gather
             return tuple(
@@ -178,19 +205,21 @@ class Layout:
         Inside `shard_map` the manual axes are dropped. In an Explicit mesh it reshards.
 
         Raises:
-          LayoutError: if a dim does not divide by its axes, or the mesh mixes axis types.
+          LayoutError: if a dim does not divide by its axes, or the mesh that is set lacks the
+            card's axes, has others, or mixes axis types.
         """
         spec = self.spec(role, stage, ndim=x.ndim)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             mesh = self.mesh()
+        else:
+            _refuse_foreign(mesh, self.axes, self.source)
+        spec = _without(spec, set(mesh.axis_names) - set(free_axes(mesh)))
         self._require_divisible(role, x.shape, spec, dict(mesh.shape))
-        manual = set(mesh.axis_names) - set(free_axes(mesh))
-        if manual:
-            spec = _without(spec, manual)
-        if manual == set(mesh.axis_names):
+        kind = axis_type(mesh)
+        if kind is AxisType.Manual:
             return x
-        if axis_type(mesh) is AxisType.Explicit:
+        if kind is AxisType.Explicit:
             return jax.sharding.reshard(x, NamedSharding(mesh, spec))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
@@ -230,73 +259,35 @@ class Layout:
     ) -> None:
         """Refuses a model that this layout cannot hold.
 
+        The roles of parameters that the model lacks are left out.
+
         Args:
           model: the model card.
           batch_size: sequences in one forward pass; default: the model card's.
           seq_len: tokens in a sequence; default: the model card's.
           source: the model card's name in messages.
         Raises:
-          LayoutError: with every dim that its mesh axes do not divide.
+          LayoutError: with every dim that its mesh axes do not divide, and if the tokens do not
+            divide by the group size or are too many for the model's positions.
         """
-        sizes = letter_sizes(model, batch_size, seq_len)
+        size_of = sizes.letter_sizes(model, batch_size, seq_len)
         mesh = self.axis_sizes
-        faults = []
-        for role in notation.ROLES:
-            stages: tuple[Stage, ...] = ("stored",)
-            if role in notation.PARAMETERS:
-                stages = ("stored", "optimizer")
-            for stage in stages:
-                for dim in self.dims(role, stage):
-                    if dim.letter in sizes:
-                        key = f"layout.{role}" if stage == "stored" else f"layout.optimizer.{role}"
-                        faults += _divides(key, dim, sizes[dim.letter], mesh, source)
-        if faults:
-            faults = dict.fromkeys(faults)
-            raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
-
-    def _parse(self) -> dict[str, dict[str, tuple[notation.Dim, ...]]]:
-        layout = self.config.layout
-        parsed: dict[str, dict[str, tuple[notation.Dim, ...]]] = {"stored": {}, "optimizer": {}}
-        faults = []
-
-        def read(into: str, key: str, role: str, text: str, letters: str | None) -> None:
-            dims, found = notation.parse(text, letters=letters, axes=self.axes)
-            faults.extend(f"{key}: {fault}" for fault in found)
-            parsed[into][role] = tuple(dims)
-
-        for role, letters in notation.ROLES.items():
-            if role in layout.roles:
-                read("stored", f"layout.{role}", role, layout.roles[role], letters)
-            else:
-                faults.append(f'layout.{role}: is missing; add {role} = "{letters}"')
-        for role in layout.roles:
-            if role not in notation.ROLES:
-                faults.append(
-                    f"layout.{role}: is an unknown role; a tensor of your own belongs in "
-                    f"[layout.user]; the roles are {', '.join(notation.ROLES)}"
-                )
-        for role, text in layout.optimizer.items():
-            key = f"layout.optimizer.{role}"
-            if role in notation.PARAMETERS:
-                read("optimizer", key, role, text, notation.PARAMETERS[role])
-            else:
-                faults.append(
-                    f"{key}: must be the role of a parameter; these are "
-                    f"{', '.join(notation.PARAMETERS)}"
-                )
-        for role, text in layout.user.items():
-            if role in notation.ROLES:
-                faults.append(f"layout.user.{role}: must not be the name of a role; rename it")
-            else:
-                read("stored", f"layout.user.{role}", role, text, None)
-        for axis in layout.gather:
-            if axis not in self.axes:
-                faults.append(
-                    f"layout.gather: {axis!r} must be one of the mesh's {list(self.axes)}"
-                )
+        faults = sizes.misfits(model, size_of, source)
+        roles: list[tuple[Stage, str]] = [
+            ("stored", role) for role in (*sizes.parameters_of(model), *notation.ACTIVATIONS)
+        ]
+        roles += [
+            ("optimizer", role)
+            for role in sizes.parameters_of(model)
+            if role in self._dims.optimizer
+        ]
+        for stage, role in roles:
+            key = f"layout.{role}" if stage == "stored" else f"layout.optimizer.{role}"
+            for dim in self.dims(role, stage):
+                if dim.letter in size_of:
+                    faults += _divides(key, dim, size_of[dim.letter], mesh, source)
         if faults:
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
-        return parsed
 
     def _require_divisible(
         self, role: str, shape: Sequence[int], spec: P, mesh: Mapping[str, int]
@@ -312,16 +303,15 @@ class Layout:
         if faults:
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
 
-    def _identity(self) -> tuple:
-        return (cards.dump(self.config), self.source, self.bound_mesh)
-
     def __eq__(self, other: object) -> bool:
-        """Compares cards and meshes."""
-        return isinstance(other, Layout) and self._identity() == other._identity()
+        """Compares cards and meshes; what the card is called does not matter."""
+        if not isinstance(other, Layout):
+            return NotImplemented
+        return self.config == other.config and self.bound_mesh == other.bound_mesh
 
     def __hash__(self) -> int:
-        """Hashes the mesh and the source, which tell layouts apart well enough."""
-        return hash((self.source, self.bound_mesh))
+        """Hashes the mesh, which tells layouts apart well enough."""
+        return hash((self.config.mesh, self.bound_mesh))
 
     def __repr__(self) -> str:
         """Names the card and the mesh."""
@@ -336,46 +326,13 @@ def parse_mesh(text: str) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        axis, _, size = part.partition("=")
-        axis = axis.strip()
-        try:
-            value = int(size)
-        except ValueError:
-            raise LayoutError(
-                f"--mesh: must be like fsdp=4,expert=2; got {part!r} in {text!r}"
-            ) from None
+        found = re.fullmatch(r"\s*([A-Za-z]\w*)\s*=\s*(-?[0-9]{1,10})\s*", part, re.ASCII)
+        if not found:
+            raise LayoutError(f"--mesh: must be like fsdp=4,expert=2; got {part!r} in {text!r}")
+        axis, size = found.groups()
         if axis in sizes:
             raise LayoutError(f"--mesh: an axis must be given once; got {axis!r} in {text!r}")
-        sizes[axis] = value
-    return sizes
-
-
-def letter_sizes(
-    model: config.ModelConfig, batch_size: int | None = None, seq_len: int | None = None
-) -> dict[str, int]:
-    """Returns the size of every letter that the model has; arguments as in `Layout.check`."""
-    train = model.train
-    sizes = {
-        "B": batch_size or train.microbatch_size,
-        "L": seq_len or train.seq_len,
-        "M": model.model_dim,
-        "N": model.num_heads,
-        "J": model.num_kv_heads,
-        "D": model.head_dim,
-        "V": model.vocab_size,
-        "F": model.dense_hidden_dim,
-        "W": model.max_positions,
-    }
-    if model.moe is not None:
-        moe = model.moe
-        sizes |= {
-            "G": sizes["B"] * sizes["L"] // moe.group_size,
-            "S": moe.group_size,
-            "E": moe.num_experts,
-            "C": moe.capacity(train=True),
-            "K": moe.top_k,
-            "H": moe.hidden_dim,
-        }
+        sizes[axis] = int(size)
     return sizes
 
 
@@ -404,7 +361,9 @@ def axis_type(mesh: Mesh | AbstractMesh) -> AxisType:
 
 @functools.lru_cache(maxsize=64)
 def _auto_mesh(
-    sizes: tuple[int, ...], axes: tuple[str, ...], devices: tuple[jax.Device, ...]
+    sizes: tuple[int, ...],
+    axes: tuple[str, ...],
+    devices: tuple[jax.Device, ...],  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
     """Makes an all-Auto mesh; JAX chooses the order of devices that suits the links."""
     return jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
@@ -468,9 +427,9 @@ def _refuse_foreign(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], source: st
 
 @contextlib.contextmanager
 def _as_layout_error(source: str) -> Iterator[None]:
-    """Turns a ConfigError into a LayoutError that names the card."""
+    """Turns a ConfigError of the mesh into a LayoutError that names the card."""
     try:
         yield
     except config.ConfigError as error:
-        lines = (f"{source}: {key}: {message}" for key, message in error.faults)
+        lines = (f"{source}: mesh.{key}: {message}" for key, message in error.faults)
         raise LayoutError("\n".join(lines)) from error

@@ -8,7 +8,10 @@ Source: GShard's `split` and `shard` annotations, arXiv 2006.16668, section 3.2.
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from gshard_moe import config
 
 # What each letter is, as messages and `explain` name it.
 LETTERS = {
@@ -86,30 +89,119 @@ class Dim(NamedTuple):
     axes: tuple[str, ...]
 
 
-def parse(text: str, *, letters: str | None, axes: tuple[str, ...]) -> tuple[list[Dim], list[str]]:
+class Layouts(NamedTuple):
+    """Every layout of a card, by role: as stored (the user's own too), and in the optimiser."""
+
+    stored: dict[str, tuple[Dim, ...]]
+    optimizer: dict[str, tuple[Dim, ...]]
+
+
+def read(layout: config.LayoutConfig, axes: tuple[str, ...] | None) -> tuple[Layouts, list[str]]:
+    """Reads all layouts of a card.
+
+    Args:
+      layout: the texts.
+      axes: of the mesh; None where they are not known, and then any will do.
+    Returns:
+      The layouts, and every fault as a message with its key.
+    """
+    read = Layouts({}, {})
+    faults = []
+
+    def add(into: dict[str, tuple[Dim, ...]], key: str, role: str, text: str) -> None:
+        dims, found = parse(text, letters=ROLES.get(role), axes=axes)
+        faults.extend(f"{key}: {fault}" for fault in found)
+        into[role] = tuple(dims)
+
+    for role, letters in ROLES.items():
+        if role in layout.roles:
+            add(read.stored, f"layout.{role}", role, layout.roles[role])
+        else:
+            faults.append(f'layout.{role}: is missing; add {role} = "{letters}"')
+    for role in layout.roles:
+        if role not in ROLES:
+            faults.append(
+                f"layout.{config.key_shown(role)}: is an unknown role; a tensor of your own "
+                f"belongs in [layout.user]; the roles are {', '.join(ROLES)}"
+            )
+    for role, text in layout.optimizer.items():
+        key = f"layout.optimizer.{config.key_shown(role)}"
+        if role in PARAMETERS:
+            add(read.optimizer, key, role, text)
+        else:
+            known = ", ".join(PARAMETERS)
+            faults.append(f"{key}: must be the role of a parameter; these are {known}")
+    for role, text in layout.user.items():
+        key = f"layout.user.{config.key_shown(role)}"
+        if role in ROLES:
+            faults.append(f"{key}: must not be the name of a role; rename it")
+        else:
+            add(read.stored, key, role, text)
+    for axis in layout.gather:
+        if axes is not None and axis not in axes:
+            faults.append(f"layout.gather: {axis!r} must be one of the mesh's {list(axes)}")
+    return read, faults
+
+
+def faults_of_partial(sharding: object) -> list[str]:
+    """Returns the faults in the layouts of a card that was refused for others.
+
+    Args:
+      sharding: the `partial` of its error. What is not of its type was reported and is left out.
+    """
+    layout = getattr(sharding, "layout", None)
+    if not isinstance(layout, config.LayoutConfig):
+        return []
+    mesh = getattr(sharding, "mesh", None)
+    axes = mesh.axes if isinstance(mesh, config.MeshConfig) else None
+    roles = {role: ROLES.get(role, "") for role in layout.roles} | _texts(layout.roles)
+    gather = layout.gather if isinstance(layout.gather, tuple) else ()
+    sound = config.LayoutConfig(
+        roles=roles,
+        gather=tuple(axis for axis in gather if isinstance(axis, str)),
+        optimizer=_texts(layout.optimizer),
+        user=_texts(layout.user),
+    )
+    known = isinstance(axes, tuple) and all(isinstance(axis, str) for axis in axes)
+    return read(sound, axes if known else None)[1]
+
+
+def parse(
+    text: str, *, letters: str | None, axes: tuple[str, ...] | None
+) -> tuple[list[Dim], list[str]]:
     """Reads a layout.
 
     Args:
       text: for example `"E/expert G/data C M"`.
       letters: those that the tensor has, for example `"E G C M"`; None allows any.
-      axes: the axes of the mesh.
+      axes: the axes of the mesh; None allows any.
     Returns:
       The dimensions, and every fault of the text as a message (without its key).
     """
-    dims = [Dim(word.split("/")[0], tuple(word.split("/")[1:])) for word in text.split()]
+    shown = config.shown(text)
+    words = [word for word in text.split(" ") if word]
+    bad = [word for word in words if not re.fullmatch(r"[A-Z](/[^/\s]+)*", word)]
+    if bad:
+        words_shown = ", ".join(config.shown(word) for word in bad)
+        return [], [f'a dim must be like E or "E/expert/data"; got {words_shown} in {shown}']
+    dims = [Dim(word[0], tuple(word.split("/")[1:])) for word in words]
     faults = []
-    got = " ".join(dim.letter for dim in dims)
-    if letters is not None and got != letters:
-        faults.append(f"letters must be {letters!r}, in this order; got {text!r}")
-    elif letters is None and not all(re.fullmatch("[A-Z]", dim.letter) for dim in dims):
-        faults.append(f"a dimension must be one capital letter; got {text!r}")
+    if letters is None and not dims:
+        faults.append(f"must name a dim or more; got {shown}")
+    elif letters is not None and " ".join(dim.letter for dim in dims) != letters:
+        faults.append(f'letters must be "{letters}", in this order; got {shown}')
     used = [axis for dim in dims for axis in dim.axes]
     for axis in dict.fromkeys(used):
-        if axis not in axes:
-            faults.append(f"axis {axis!r} must be one of the mesh's {list(axes)}; got {text!r}")
+        if axes is not None and axis not in axes:
+            faults.append(f"axis {axis!r} must be one of the mesh's {list(axes)}; got {shown}")
         elif used.count(axis) > 1:
             faults.append(
                 f"an axis must be used once in a tensor; got {axis!r} {used.count(axis)} times "
-                f"in {text!r}"
+                f"in {shown}"
             )
     return dims, faults
+
+
+def _texts(table: object) -> dict[str, str]:
+    pairs = table.items() if isinstance(table, Mapping) else ()
+    return {key: text for key, text in pairs if isinstance(text, str)}

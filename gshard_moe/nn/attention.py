@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from gshard_moe import config as configs
 from gshard_moe.layout import Layout
 from gshard_moe.nn.norm import rms_norm
-from gshard_moe.nn.parameter import broadcast, constrain, matrix, optional, used
+from gshard_moe.nn.parameter import broadcast, constrain, linear, matrix, optional, used
 
 
 class Cache(NamedTuple):
@@ -49,7 +49,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BLM: Float[Array, "B L M"],
-        position_L: Int[Array, "L"],
+        position_L: Int[Array, " L"],
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B L M"], Cache | None]:
         """Lets each token look at itself and those before it.
@@ -82,8 +82,7 @@ class Attention(nnx.Module):
             query_BLND, key, value, mask=mask_BNLW, is_causal=cache is None
         )
         mixed_BLND = lay("queries", mixed_BLND)
-        out_NDM = used(self.out, self.layout, x_BLM.dtype)
-        y_BLM = jnp.einsum("blnd,ndm->blm", mixed_BLND, out_NDM)
+        y_BLM = linear("blnd,ndm->blm", mixed_BLND, self.out, self.layout)
         if self.out_bias is not None:
             y_BLM = y_BLM + broadcast(used(self.out_bias, self.layout, x_BLM.dtype), y_BLM)
         return lay("tokens", y_BLM), cache
@@ -95,8 +94,7 @@ class Attention(nnx.Module):
         bias: nnx.Param | None,
         norm: nnx.Param | None,
     ) -> jax.Array:
-        weight_MND = used(weight, self.layout, x_BLM.dtype)
-        y_BLND = jnp.einsum("blm,mnd->blnd", x_BLM, weight_MND)
+        y_BLND = linear("blm,mnd->blnd", x_BLM, weight, self.layout)
         if bias is not None:
             y_BLND = y_BLND + broadcast(used(bias, self.layout, x_BLM.dtype), y_BLND)
         if norm is not None:
@@ -106,7 +104,7 @@ class Attention(nnx.Module):
 
 
 def rotate(
-    x_BLND: Float[Array, "B L N D"], position_L: Int[Array, "L"], theta: float
+    x_BLND: Float[Array, "B L N D"], position_L: Int[Array, " L"], theta: float
 ) -> Float[Array, "B L N D"]:
     """Rotates pairs (d, d + D/2) by an angle that grows with the position (RoPE).
 

@@ -3,14 +3,13 @@
 B sequences, L tokens, M model width, F hidden width.
 """
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from gshard_moe import config as configs
 from gshard_moe.experts import activate
 from gshard_moe.layout import Layout
-from gshard_moe.nn.parameter import broadcast, constrain, matrix, optional, used
+from gshard_moe.nn.parameter import broadcast, constrain, linear, matrix, optional, used
 
 
 class DenseFFN(nnx.Module):
@@ -38,8 +37,7 @@ class DenseFFN(nnx.Module):
         if self.dense_gate is not None:
             gate_BLF = self._hidden(x_BLM, self.dense_gate, self.gate_bias)
         h_BLF = activate(self.config.activation, h_BLF, gate_BLF)
-        out_FM = used(self.dense_out, self.layout, x_BLM.dtype)
-        y_BLM = jnp.einsum("blf,fm->blm", h_BLF, out_FM)
+        y_BLM = linear("blf,fm->blm", h_BLF, self.dense_out, self.layout)
         if self.out_bias is not None:
             y_BLM = y_BLM + broadcast(used(self.out_bias, self.layout, x_BLM.dtype), y_BLM)
         return constrain(self.layout, "tokens", y_BLM)
@@ -47,8 +45,8 @@ class DenseFFN(nnx.Module):
     def _hidden(
         self, x_BLM: Float[Array, "B L M"], weight: nnx.Param, bias: nnx.Param | None
     ) -> Float[Array, "B L F"]:
-        weight_MF = used(weight, self.layout, x_BLM.dtype)
-        h_BLF = constrain(self.layout, "dense_hidden", jnp.einsum("blm,mf->blf", x_BLM, weight_MF))
+        h_BLF = linear("blm,mf->blf", x_BLM, weight, self.layout)
+        h_BLF = constrain(self.layout, "dense_hidden", h_BLF)
         return (
             h_BLF
             if bias is None

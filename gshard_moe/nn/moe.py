@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from gshard_moe import config as configs
 from gshard_moe import dispatch, exchange, losses, routing
 from gshard_moe import layout as layouts
-from gshard_moe.experts import ROLES, ExpertWeights
+from gshard_moe.experts import ExpertWeights
 from gshard_moe.layout import Layout
 from gshard_moe.nn.parameter import constrain, matrix, optional, place
 
@@ -117,7 +117,7 @@ def _moe(
     with jax.named_scope("router"):
         chosen = forced
         if chosen is None:
-            router_ME = place(weights.router_ME, "router", layout)
+            router_ME = place("router", weights.router_ME, layout)
             logits_GSE = lay("router_logits", routing.router_logits(x_GSM, router_ME))
             mask_GS = None if mask_BL is None else mask_BL.reshape(groups)
             chosen = routing.top_k(logits_GSE, config, mask_GS=mask_GS)
@@ -131,20 +131,14 @@ def _moe(
     y_GSM = exchange.spmd(
         x_GSM,
         slots,
-        _used_experts(weights.experts, layout, x_BLM.dtype),
+        weights.experts,
         activation=config.activation,
         dispatch="gather" if layout is None else layout.config.compute.dispatch,
         constrain=lay,
+        use=functools.partial(place, layout=layout),
     )
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))
     return MoEOutput(y_BLM, _metrics(chosen, slots))
-
-
-def _used_experts(weights: ExpertWeights, layout: Layout | None, dtype: jnp.dtype) -> ExpertWeights:
-    pairs = zip(weights, ROLES, strict=True)
-    return ExpertWeights(
-        *(None if w is None else place(w.astype(dtype), str(role), layout) for w, role in pairs)
-    )
 
 
 def _metrics(chosen: routing.Routing, slots: dispatch.Slots) -> MoEMetrics:

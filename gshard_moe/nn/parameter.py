@@ -1,11 +1,14 @@
 """Parameters that carry their role, so that a layout can find where each one lives."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
+from gshard_moe import experts
 from gshard_moe.layout import Layout
 
 
@@ -45,12 +48,33 @@ def optional(value: float, shape: Sequence[int], role: str, *, present: bool) ->
     return constant(value, shape, role) if present else None
 
 
-def used(param: nnx.Param, layout: Layout | None, dtype: jnp.dtype) -> jax.Array:
+def used(param: nnx.Param, layout: Layout | None, dtype: DTypeLike) -> jax.Array:
     """Returns a parameter as the computation uses it: in its dtype, gathered as the layout says."""
-    return place(param[...].astype(dtype), param.get_metadata("role"), layout)
+    return place(param.get_metadata("role"), param[...].astype(dtype), layout)
 
 
-def place(weight: jax.Array, role: str, layout: Layout | None) -> jax.Array:
+def linear(
+    equation: str,
+    x: jax.Array,
+    param: nnx.Param,
+    layout: Layout | None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """Multiplies by a parameter, gathered for this use and not kept: see `experts.linear`.
+
+    Args:
+      equation: of the einsum of `x` and the weight.
+      x: the result is in its dtype, or in `dtype`.
+      param: cast to the dtype of `x`.
+      layout: where.
+      dtype: of the result.
+    """
+    use = functools.partial(place, layout=layout)
+    role = param.get_metadata("role")
+    return experts.linear(equation, x, param[...], role, use, dtype)
+
+
+def place(role: str, weight: jax.Array, layout: Layout | None) -> jax.Array:
     """Gathers a weight as the layout says; without a layout, returns it as it is."""
     return weight if layout is None else layout.use(role, weight)
 

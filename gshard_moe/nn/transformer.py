@@ -22,7 +22,7 @@ from gshard_moe.nn.attention import Attention, Cache
 from gshard_moe.nn.dense import DenseFFN
 from gshard_moe.nn.moe import MoE, MoEMetrics
 from gshard_moe.nn.norm import Norm
-from gshard_moe.nn.parameter import constrain, matrix, used
+from gshard_moe.nn.parameter import constrain, linear, matrix, used
 
 # What limits an expert's slots: the card's two factors, or nothing (sampling).
 Capacity = Literal["train", "eval", "dropless"]
@@ -70,7 +70,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BLM: Float[Array, "B L M"],
-        position_L: Int[Array, "L"],
+        position_L: Int[Array, " L"],
         mask_BL: Bool[Array, "B L"] | None,
         cache: Cache | None,
         capacity: Capacity,
@@ -130,9 +130,8 @@ class Transformer(nnx.Module):
         self.stack = _stack(config)
         V, M, W = config.vocab_size, config.model_dim, config.max_positions
         self.embed = matrix(rngs, (V, M), "embed", inputs=(-1,))
-        self.positions = None
-        if config.positions == "learned":
-            self.positions = matrix(rngs, (W, M), "positions", inputs=(-1,))
+        learned = config.positions == "learned"
+        self.positions = matrix(rngs, (W, M), "positions", inputs=(-1,)) if learned else None
         for i in self.stack.alone:
             moe = config.moe if config.is_moe_block(i) else None
             setattr(self, f"block_{i}", Block(config, moe, layout=layout, rngs=rngs))
@@ -180,12 +179,9 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             x_BLM = self.norm(x_BLM)
             if self.head is None:
-                head_MV = used(self.embed, self.layout, dtype).T
+                logits_BLV = linear("blm,vm->blv", x_BLM, self.embed, self.layout, jnp.float32)
             else:
-                head_MV = used(self.head, self.layout, dtype)
-            logits_BLV = jnp.einsum(
-                "blm,mv->blv", x_BLM, head_MV, preferred_element_type=jnp.float32
-            )
+                logits_BLV = linear("blm,mv->blv", x_BLM, self.head, self.layout, jnp.float32)
             return TransformerOutput(lay("logits", logits_BLV), metrics, cache)
 
     def init_cache(self, batch_size: int, length: int) -> Cache:

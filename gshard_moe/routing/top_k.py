@@ -41,7 +41,7 @@ def top_k(
       mask_GS: False for padding, which is in no statistics and gets no slot.
     Returns:
       The routing; equal probabilities are broken by the lowest expert.
-    Source: Switch Transformer, arXiv 2101.03961, section 2.1; GShard, arXiv 2006.16668, section 2.2.
+    Source: Switch Transformer, arXiv 2101.03961, section 2.1; GShard, 2006.16668, section 2.2.
     """
     probability_GSE = jax.nn.softmax(logits_GSE, axis=-1)
     gate_GSK, expert_GSK = largest(probability_GSE, moe.top_k)

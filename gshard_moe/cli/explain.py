@@ -1,0 +1,128 @@
+"""`gshard-moe explain`."""
+
+import dataclasses
+import json as json_format
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from gshard_moe import cards
+from gshard_moe.layout import Layout
+from gshard_moe.layout.traffic import Collective
+from gshard_moe.train import inventory, traffic
+
+
+def explain(
+    *,
+    model: str,
+    sharding: str,
+    devices: int | None = None,
+    mesh: str | None = None,
+    batch: int | None = None,
+    seq: int | None = None,
+    json: bool = False,
+) -> int:
+    """Prints every tensor and collective of a training step; no devices are needed.
+
+    Args:
+      model: A model card, by name or path (.toml).
+      sharding: A sharding card, by name or path.
+      devices: How many devices (default: what the card's mesh fixes, or the model's home).
+      mesh: Other sizes for axes of the card's mesh, like fsdp=4,expert=2.
+      batch: Sequences in a step, over all devices.
+      seq: Tokens in a sequence.
+      json: Print for programs; bytes of a collective are what one device sends in a step.
+    """
+    config = cards.load_model(model)
+    sizes = {"batch_size": batch, "seq_len": seq}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
+    layout = Layout.load(sharding, mesh=mesh)
+    shape = layout.config.mesh.shape
+    if devices is None:
+        devices = config.home_devices if -1 in shape else math.prod(shape)
+    layout = layout.on(devices)
+    layout.check(config, source=cards.source_of("models", model))
+    tensors = inventory.tensors(config, layout)
+    collectives = traffic.collectives(config, layout)
+    if json:
+        print(json_format.dumps(_report(devices, tensors, collectives), indent=1))
+        return 0
+    # A row is one line, on a narrow terminal and in a file too.
+    console = Console(highlight=False, width=max(Console().width, 150))
+    axes = ", ".join(f"{axis}={size}" for axis, size in layout.axis_sizes.items())
+    console.print(f"{model} under {sharding}, {devices} devices: {axes}\n")
+    _print_tensors(console, tensors)
+    _print_collectives(console, collectives)
+    _print_totals(console, config, tensors)
+    return 0
+
+
+def _report(
+    devices: int, tensors: list[inventory.Tensor], collectives: list[Collective]
+) -> dict[str, object]:
+    return {
+        "devices": devices,
+        "tensors": [tensor._asdict() for tensor in tensors],
+        "collectives": [collective._asdict() for collective in collectives],
+    }
+
+
+def _print_tensors(console: Console, tensors: list[inventory.Tensor]) -> None:
+    for kind, title in (
+        ("parameter", "Parameters (float32 masters; each has two moments laid out alike)"),
+        ("activation", "Activations (one of each, of one micro-batch)"),
+    ):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in ("role", "path", "shape", "layout", "a device holds", "dtype"):
+            table.add_column(name, overflow="fold")
+        table.add_column("bytes a device", justify="right", no_wrap=True)
+        for tensor in tensors:
+            if tensor.kind == kind:
+                shapes = (_shape(tensor.shape), tensor.spec, _shape(tensor.shape_per_device))
+                size = _bytes(tensor.bytes_per_device)
+                table.add_row(tensor.role, tensor.path, *shapes, tensor.dtype, size)
+        console.print(table)
+        console.print()
+
+
+def _print_collectives(console: Console, collectives: list[Collective]) -> None:
+    title = "Collectives of one training step, as the layout implies them"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("collective", "over", "role"):
+        table.add_column(name)
+    table.add_column("count", justify="right")
+    table.add_column("a device sends", justify="right", no_wrap=True)
+    for collective in collectives:
+        count, size = str(collective.count), _bytes(collective.bytes)
+        table.add_row(collective.kind, collective.link, collective.role, count, size)
+    if not collectives:
+        table.add_row("none", "", "", "", "")
+    console.print(table)
+    console.print()
+
+
+def _print_totals(
+    console: Console, config: cards.config.ModelConfig, tensors: list[inventory.Tensor]
+) -> None:
+    totals = inventory.totals(tensors)
+    counted = inventory.count_parameters(config)
+    console.print(
+        f"{counted.total / 1e9:,.3f} B parameters, {counted.active / 1e9:,.3f} B active per token; "
+        f"a device keeps {_bytes(totals.parameter_bytes)} of parameters and "
+        f"{_bytes(totals.moment_bytes)} of moments"
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _bytes(count: int) -> str:
+    """Spells bytes in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.4g} {unit}"
+        count /= 1024
+    return f"{count:,.2f} TiB"

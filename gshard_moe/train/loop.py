@@ -1,0 +1,231 @@
+"""The training loop: steps, metrics, evaluation, checkpoints, and every way to stop."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gshard_moe.layout import Layout
+from gshard_moe.train import data
+from gshard_moe.train.checkpoint import Checkpoints, Restored
+from gshard_moe.train.corpus import Corpus, gzip_bits_per_byte
+from gshard_moe.train.interrupt import Interrupts
+from gshard_moe.train.metrics import MetricsLog
+from gshard_moe.train.progress import Reporter
+from gshard_moe.train.run import Run, RunError
+from gshard_moe.train.state import Model, TrainState, abstract_state, init_state
+from gshard_moe.train.step import StepMetrics, eval_sums, jit_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How often things happen; none of it changes the weights.
+
+    Attributes:
+      log_every: steps between lines of metrics.
+      save_every: steps between checkpoints; the last step always has one.
+      eval_every: steps between evaluations; 0 evaluates after the last step only.
+      keep: how many checkpoints stay.
+      skip_nonfinite: leave out the update of a step whose loss or gradient is not finite, count it
+        and go on, instead of stopping.
+    """
+
+    log_every: int = 10
+    save_every: int = 100
+    eval_every: int = 0
+    keep: int = 3
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses numbers out of range."""
+        for name in ("log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise RunError(f"--{flag}: must be positive; got {getattr(self, name)}")
+        if self.eval_every < 0:
+            raise RunError(f"--eval-every: must not be negative; got {self.eval_every}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a training ended.
+
+    Attributes:
+      step: the last step taken; it is saved.
+      stopped_by: the signal that ended it early, or None.
+      eval_loss: nats per held-out byte after the last step; None if it ended early.
+    """
+
+    step: int
+    stopped_by: signal.Signals | None = None
+    eval_loss: float | None = None
+
+
+def train(run: Run, layout: Layout, corpus: Corpus, options: Options, *, resume: bool) -> Outcome:
+    """Trains a model to its last step, or until a signal.
+
+    Args:
+      run: the run; its directory exists.
+      layout: bound to the mesh.
+      corpus: of the digest that the run has.
+      options: how often things happen.
+      resume: goes on from the newest whole checkpoint, if there is one.
+    Raises:
+      RunError: if the loss is not finite.
+      CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
+    """
+    return _Loop(run, layout, corpus, options).run(resume=resume)
+
+
+class _Loop:
+    """One training, while it runs."""
+
+    def __init__(self, run: Run, layout: Layout, corpus: Corpus, options: Options):
+        self.spec = run
+        self.options = options
+        self.corpus = corpus
+        self.config = run.model.train
+        self.model = Model(run.model, layout)
+        self.tokens = layout.sharding("token_ids")
+        self.data = data.TrainData(
+            corpus,
+            batch_size=self.config.batch_size,
+            seq_len=self.config.seq_len,
+            seed=run.seed,
+        )
+        self.first = jax.process_index() == 0
+        self._step = jit_train_step(self.model)
+        whole = jax.sharding.NamedSharding(layout.mesh(), jax.sharding.PartitionSpec())
+        sums = functools.partial(eval_sums, model=self.model)
+        self._eval = jax.jit(sums, out_shardings=(whole, whole))
+
+    def run(self, *, resume: bool) -> Outcome:
+        """Restores or starts, and steps to the end."""
+        with contextlib.ExitStack() as stack:
+            self.checkpoints = stack.enter_context(
+                Checkpoints(self.spec.checkpoints, keep=self.options.keep)
+            )
+            self.report = Reporter(enabled=self.first, total_steps=self.config.steps)
+            restored = self._restore() if resume else None
+            state = restored.state if restored else init_state(self.model, self.spec.seed)
+            done = restored.step if restored else 0
+            self.report = stack.enter_context(
+                Reporter(enabled=self.first, total_steps=self.config.steps, first_step=done)
+            )
+            self.metrics = stack.enter_context(
+                MetricsLog(
+                    self.spec.directory, resume_after=done if resume else None, enabled=self.first
+                )
+            )
+            interrupts = stack.enter_context(Interrupts(self.report.say))
+            return self._steps(state, done, interrupts)
+
+    def _restore(self) -> Restored | None:
+        restored = self.checkpoints.restore(abstract_state(self.model), say=self.report.say)
+        if restored is None:
+            self.report.say("no checkpoint yet: starting from step 0")
+        else:
+            self.report.say(f"going on from {self.checkpoints.name(restored.step)}")
+        return restored
+
+    def _steps(self, state: TrainState, done: int, interrupts: Interrupts) -> Outcome:
+        """Steps until the end or a signal; the last state is saved in either case."""
+        position = done * self.config.batch_size
+        batches = data.batches(self.data, start=position, sharding=self.tokens)
+        self._logged_at = time.perf_counter(), done
+        pending: tuple[int, StepMetrics] | None = None
+        eval_loss = stopped = None
+        with contextlib.closing(batches):
+            while done < self.config.steps and stopped is None:
+                batch = next(batches)
+                state, metrics = self._step(state, batch.inputs_BL, batch.targets_BL)
+                done += 1
+                # One step stays in flight while the one before it is looked at.
+                if pending is not None:
+                    self._look_at(*pending)
+                pending = done, metrics
+                stopped = interrupts.after_step(done)
+                last = done == self.config.steps
+                evaluate = self._due(self.options.eval_every, done) or last
+                save = self._due(self.options.save_every, done) or last or stopped is not None
+                if evaluate or save:
+                    self._look_at(*pending)
+                    pending = None
+                if evaluate and stopped is None:
+                    eval_loss = self._evaluate(state.params, done)
+                if save:
+                    self.checkpoints.save(done, state, {"position": batch.position})
+        self.checkpoints.wait()
+        if stopped is not None:
+            self.report.say(
+                f"{stopped.name}: saved {self.checkpoints.name(done)}; --resume goes on"
+            )
+            return Outcome(done, stopped)
+        if eval_loss is None:  # resumed after the last step
+            eval_loss = self._held_out_loss(state.params)
+        self._conclude(done, eval_loss)
+        return Outcome(done, eval_loss=eval_loss)
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _look_at(self, step: int, metrics: StepMetrics) -> None:
+        """Stops on a loss that is not finite; logs the step if it is to be logged."""
+        values = {name: np.asarray(value).item() for name, value in metrics._asdict().items()}
+        if not values.pop("finite") and not self.options.skip_nonfinite:
+            self.checkpoints.wait()
+            latest = self.checkpoints.latest()
+            good = "there is none yet" if latest is None else self.checkpoints.name(latest)
+            raise RunError(
+                f"step {step}: loss and gradient must be finite; got loss={values['loss']}, "
+                f"grad_norm={values['grad_norm']}; the last good checkpoint: {good}; lower "
+                "--learning-rate, or resume with --skip-nonfinite to leave such steps out"
+            )
+        values["bpb"] = values["loss"] / math.log(2)
+        if self._due(self.options.log_every, step) or step == self.config.steps:
+            now, (since, first) = time.perf_counter(), self._logged_at
+            tokens = (step - first) * self.config.batch_size * self.config.seq_len
+            values["tokens_per_s"] = tokens / max(now - since, 1e-9)
+            self._logged_at = now, step
+            self.metrics.train(step, **values)
+            self.report.update(step, values)
+
+    def _evaluate(self, params: dict[str, Any], step: int) -> float:
+        loss = self._held_out_loss(params)
+        self.metrics.eval(step, eval_loss=loss, eval_bpb=loss / math.log(2))
+        self.report.say(f"step {step}: held out {loss / math.log(2):.4f} bits/byte")
+        # The time of an evaluation is not the training's.
+        self._logged_at = time.perf_counter(), step
+        return loss
+
+    def _held_out_loss(self, params: dict[str, Any]) -> float:
+        """Returns the mean cross-entropy over every held-out byte but the first, in nats."""
+        nats = count = 0.0
+        for batch in self._held_out():
+            total, targets = self._eval(params, batch.inputs_BL, batch.targets_BL, batch.mask_BL)
+            nats += float(total)
+            count += float(targets)
+        return nats / count
+
+    def _held_out(self) -> Iterator[data.EvalBatch]:
+        return data.held_out_batches(
+            self.corpus,
+            batch_size=self.config.microbatch_size,
+            seq_len=self.config.seq_len,
+            sharding=self.tokens,
+        )
+
+    def _conclude(self, done: int, eval_loss: float) -> None:
+        gzip = gzip_bits_per_byte(self.corpus.held_out)
+        self.report.say(f"trained {done} steps; saved {self.checkpoints.name(done)}")
+        self.report.say(
+            f"held-out files: this model {eval_loss / math.log(2):.3f} bits/byte, "
+            f"gzip -9 {gzip.together:.3f} (file by file {gzip.file_by_file:.3f})"
+        )

@@ -1,0 +1,99 @@
+"""The collectives that a layout implies for one training step, without compiling anything.
+
+They follow from the specs by GShard's rules (`layout.traffic`). Scalars, per-expert counts and the
+softmax's row sums are left out. What XLA does beside or instead can only be read from the compiled
+program.
+"""
+
+from gshard_moe import config as configs
+from gshard_moe import exchange
+from gshard_moe.layout import Layout, letter_sizes
+from gshard_moe.layout.notation import ACTIVATIONS, PARAMETERS
+from gshard_moe.layout.traffic import Collective, held_bytes, one, times, total
+from gshard_moe.train import inventory
+
+# Activations whose leading dims are summed over in a parameter's gradient.
+_SUMMED_WITH = {"expert": "slots", "router": "groups"}
+
+
+def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
+    """Returns what one device sends in a step, by kind, mesh axes and role.
+
+    Args:
+      model: the model card.
+      layout: on a mesh, abstract or not.
+    """
+    sizes = letter_sizes(model)
+    itemsize = 2 if model.train.dtype == "bfloat16" else 4
+    passes = []
+    for _, role, shape in inventory.parameters(model):
+        passes += _parameter(layout, role, shape, itemsize)
+    if model.tied_embeddings:
+        passes += _parameter(layout, "head", (model.model_dim, model.vocab_size), itemsize)
+    for i in range(model.num_layers):
+        passes += _tensor_parallel(model, layout, sizes, itemsize, moe=model.is_moe_block(i))
+        if model.moe is not None and model.is_moe_block(i):
+            remat = layout.config.compute.remat
+            recomputed = remat not in ("none", "everything_saveable")
+            passes += exchange.spmd_collectives(
+                layout,
+                _shape("groups", sizes),
+                _shape("slots", sizes),
+                itemsize,
+                num_inputs=2 if model.moe.activation == "swiglu" else 1,
+                recomputed=recomputed,
+            )
+    tokens = _held(layout, "tokens", sizes, itemsize)
+    for role in ("embed", "head"):
+        passes += one(layout, "all-reduce", layout.axes_of(role, "V", "used"), tokens, role)
+    return total(times(passes, model.train.accumulate))
+
+
+def _parameter(
+    layout: Layout, role: str, shape: tuple[int, ...], itemsize: int
+) -> list[Collective]:
+    """Returns the gathers of a parameter where it is used, and the sum of its gradient."""
+    stacked = shape[0] if len(shape) > len(PARAMETERS[role].split()) else 1
+    shape = shape[-len(PARAMETERS[role].split()) :]
+    stored = {axis for dim in layout.dims(role) for axis in dim.axes}
+    used = {axis for dim in layout.dims(role, "used") for axis in dim.axes}
+    held = held_bytes(layout, role, shape, itemsize, "used")
+    gathers = one(layout, "all-gather", stored - used, held, role)
+    # Gathered matrices are not kept for the backward, but gathered again; tables and vectors are
+    # not needed there.
+    looked_up = role in ("embed", "positions") or len(shape) == 1 or role.endswith("_bias")
+    gathers = times(gathers, 1 if looked_up else 2)
+    kind = next((kind for prefix, kind in _SUMMED_WITH.items() if role.startswith(prefix)), "")
+    summed = {"slots": ("G",), "groups": ("G",)}.get(kind, ("B",))
+    over = {axis for letter in summed for axis in layout.axes_of(kind or "tokens", letter)}
+    if role == "head_norm":
+        over |= set(layout.axes_of("queries", "N"))
+    over -= used
+    reductions = one(layout, "all-reduce", over - stored, held, role)
+    reductions += one(layout, "reduce-scatter", over & (stored - used), held, role)
+    return times(gathers + reductions, stacked)
+
+
+def _tensor_parallel(
+    model: configs.ModelConfig, layout: Layout, sizes: dict[str, int], itemsize: int, *, moe: bool
+) -> list[Collective]:
+    """Returns the sums after a block's attention and dense FFN, and of their inputs' gradients."""
+    tokens = _held(layout, "tokens", sizes, itemsize)
+
+    def sums(role: str, letter: str, count: int) -> list[Collective]:
+        axes = layout.axes_of(role, letter, "used")
+        return times(one(layout, "all-reduce", axes, tokens, role), count)
+
+    found = sums("attention_out", "N", 1) + sums("query", "N", 1) + sums("key_value", "J", 2)
+    if not moe:
+        found += sums("dense_out", "F", 1)
+        found += sums("dense_in", "F", 2 if model.activation == "swiglu" else 1)
+    return found
+
+
+def _held(layout: Layout, role: str, sizes: dict[str, int], itemsize: int) -> int:
+    return held_bytes(layout, role, _shape(role, sizes), itemsize)
+
+
+def _shape(role: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[letter] for letter in ACTIVATIONS[role].split())
