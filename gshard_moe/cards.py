@@ -188,7 +188,7 @@ def _read_table[T](cls: type[T], table: dict[str, Any]) -> T:
     Raises:
       ConfigError: with every fault of the table and of those in it.
     """
-    hints = typing.get_type_hints(cls)
+    hints = config.hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     known = ", ".join(fields)
     faults = [
@@ -201,8 +201,9 @@ def _read_table[T](cls: type[T], table: dict[str, Any]) -> T:
         if name in table:
             values[name] = _value(hints[name], table[name])
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            message = f"is missing; add {name} = {config.spelled(hints[name])}"
-            values[name] = config.Unread([("", message)])
+            is_table = dataclasses.is_dataclass(hints[name])
+            add = f"the table [{name}]" if is_table else f"{name} = {config.spelled(hints[name])}"
+            values[name] = config.Unread([("", f"is missing; add {add}")])
     try:
         made = cls(**values)
     except config.ConfigError as error:

@@ -7,6 +7,7 @@ from gshard_moe.layout.layout import (
     Stage,
     axis_type,
     free_axes,
+    free_spec,
     parse_mesh,
 )
 from gshard_moe.layout.notation import ACTIVATIONS, LETTERS, PARAMETERS, ROLES, Dim
@@ -24,6 +25,7 @@ __all__ = [
     "Stage",
     "axis_type",
     "free_axes",
+    "free_spec",
     "letter_sizes",
     "parameters_of",
     "parse_mesh",

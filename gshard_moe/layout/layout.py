@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from gshard_moe import cards, config
 from gshard_moe.layout import notation, sizes
@@ -214,7 +215,7 @@ class Layout:
             mesh = self.mesh()
         else:
             _refuse_foreign(mesh, self.axes, self.source)
-        spec = _without(spec, set(mesh.axis_names) - set(free_axes(mesh)))
+        spec = free_spec(mesh, spec)
         self._require_divisible(role, x.shape, spec, dict(mesh.shape))
         kind = axis_type(mesh)
         if kind is AxisType.Manual:
@@ -244,7 +245,7 @@ class Layout:
         return NamedSharding(self.mesh(), spec).shard_shape(tuple(shape))
 
     def bytes_per_device(
-        self, role: str, shape: Sequence[int], dtype: jnp.dtype | str, stage: Stage = "stored"
+        self, role: str, shape: Sequence[int], dtype: DTypeLike, stage: Stage = "stored"
     ) -> int:
         """Returns the bytes that one device holds of a tensor of this global shape."""
         return math.prod(self.shape_per_device(role, shape, stage)) * jnp.dtype(dtype).itemsize
@@ -273,16 +274,14 @@ class Layout:
         size_of = sizes.letter_sizes(model, batch_size, seq_len)
         mesh = self.axis_sizes
         faults = sizes.misfits(model, size_of, source)
-        roles: list[tuple[Stage, str]] = [
-            ("stored", role) for role in (*sizes.parameters_of(model), *notation.ACTIVATIONS)
-        ]
-        roles += [
-            ("optimizer", role)
-            for role in sizes.parameters_of(model)
-            if role in self._dims.optimizer
-        ]
-        for stage, role in roles:
-            key = f"layout.{role}" if stage == "stored" else f"layout.optimizer.{role}"
+        ours = sizes.parameters_of(model)
+        laid_out: list[tuple[str, Stage, str]] = []
+        for role in (*ours, *notation.ACTIVATIONS):
+            laid_out.append((f"layout.{role}", "stored", role))
+        for role in ours:
+            if role in self._dims.optimizer:
+                laid_out.append((f"layout.optimizer.{role}", "optimizer", role))
+        for key, stage, role in laid_out:
             for dim in self.dims(role, stage):
                 if dim.letter in size_of:
                     faults += _divides(key, dim, size_of[dim.letter], mesh, source)
@@ -342,6 +341,16 @@ def free_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis, kind in pairs if kind is not AxisType.Manual)
 
 
+def free_spec(mesh: Mesh | AbstractMesh, spec: P) -> P:
+    """Drops a mesh's manual axes from a spec."""
+    free, entries = free_axes(mesh), []
+    for entry in spec:
+        named = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        left = tuple(axis for axis in named if axis in free)
+        entries.append(None if not left else left[0] if len(left) == 1 else left)
+    return P(*entries)
+
+
 def axis_type(mesh: Mesh | AbstractMesh) -> AxisType:
     """Returns the one type of a mesh's free axes.
 
@@ -384,16 +393,6 @@ def _used_backward(layout: Layout, role: str, _: None, dx: jax.Array) -> tuple[j
 
 
 _used.defvjp(_used_forward, _used_backward)
-
-
-def _without(spec: P, axes: set[str]) -> P:
-    """Drops axes from a spec."""
-    entries = []
-    for entry in spec:
-        named = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        left = tuple(axis for axis in named if axis not in axes)
-        entries.append(None if not left else left[0] if len(left) == 1 else left)
-    return P(*entries)
 
 
 def _divides(

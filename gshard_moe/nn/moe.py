@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
@@ -89,15 +89,25 @@ def moe(
     """
     _check_shapes(weights, x_BLM, config, routing)
     run = functools.partial(_moe, config=config, layout=layout, train=train)
+    mesh = _mesh_of(x_BLM, layout)
+    if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:
+        return run(weights, x_BLM, mask_BL, routing)
+    spec = jax.typeof(x_BLM).sharding.spec if layout is None else layout.spec("tokens")
+    tokens = NamedSharding(mesh, layouts.free_spec(mesh, spec))
+    whole = NamedSharding(mesh, P())
+    out_sharding = MoEOutput(tokens, MoEMetrics(*[whole] * len(MoEMetrics._fields)))
+    explicit = jax.sharding.auto_axes(run, axes=layouts.free_axes(mesh), out_sharding=out_sharding)
+    return explicit(weights, x_BLM, mask_BL, routing)
+
+
+def _mesh_of(x_BLM: jax.Array, layout: Layout | None) -> AbstractMesh:
+    """Returns the mesh that is set, else that of the tokens' type, else the layout's."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         mesh = jax.typeof(x_BLM).sharding.mesh
-    if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:
-        return run(weights, x_BLM, mask_BL, routing)
-    tokens = jax.typeof(x_BLM).sharding.spec if layout is None else layout.spec("tokens")
-    out_sharding = MoEOutput(tokens, MoEMetrics(*[P()] * len(MoEMetrics._fields)))
-    explicit = jax.sharding.auto_axes(run, axes=layouts.free_axes(mesh), out_sharding=out_sharding)
-    return explicit(weights, x_BLM, mask_BL, routing)
+    if mesh.empty and layout is not None and layout.bound_mesh is not None:
+        mesh = layout.bound_mesh
+    return mesh.abstract_mesh
 
 
 def _moe(
