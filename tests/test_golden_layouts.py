@@ -33,8 +33,8 @@ def _found(model: str, sharding: str) -> dict[int, list[Tensor] | str]:
     for num_devices in (8, config.home_devices):
         try:
             layout = Layout.load(sharding).on(num_devices)
-            layout.check(config, source=cards.source_of("models", model))
-            found[num_devices] = inventory.tensors(config, layout)
+            source = cards.source_of("models", model)
+            found[num_devices] = inventory.tensors(config, layout, source=source)
         except LayoutError as error:
             found[num_devices] = str(error)
     return found

@@ -25,7 +25,9 @@ def _card(
 ) -> config.ShardingConfig:
     """The card with both a gathered and an expert axis, with some of it changed."""
     card = cards.load_sharding("expert_fsdp")
-    changed = dataclasses.replace(card.layout, roles=card.layout.roles | (roles or {}), **tables)
+    changed = dataclasses.replace(
+        card.layout, roles={**card.layout.roles, **(roles or {})}, **tables
+    )
     return dataclasses.replace(card, layout=changed, mesh=mesh or card.mesh)
 
 
@@ -49,7 +51,7 @@ _MESHES = {
 }
 
 
-@pytest.fixture(params=_MESHES.values(), ids=_MESHES)
+@pytest.fixture(params=_MESHES.values(), ids=list(_MESHES))
 def on_a_mesh(request: pytest.FixtureRequest) -> Layout:
     """The same layout of the same eight devices, said in four ways."""
     return request.param()

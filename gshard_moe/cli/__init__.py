@@ -21,7 +21,7 @@ def main(args: Sequence[str] | None = None) -> None:
             description="Mixture-of-Experts on JAX: annotated once, run on any mesh.",
             args=args,
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if not _is_ours(error):
             raise
         print(f"gshard-moe: {error}", file=sys.stderr)

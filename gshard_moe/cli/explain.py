@@ -43,8 +43,7 @@ def explain(
     if devices is None:
         devices = config.home_devices if -1 in shape else math.prod(shape)
     layout = layout.on(devices)
-    layout.check(config, source=cards.source_of("models", model))
-    tensors = inventory.tensors(config, layout)
+    tensors = inventory.tensors(config, layout, source=cards.source_of("models", model))
     collectives = traffic.collectives(config, layout)
     if json:
         print(json_format.dumps(_report(devices, tensors, collectives), indent=1))

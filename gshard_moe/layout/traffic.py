@@ -26,7 +26,7 @@ class Collective(NamedTuple):
     """
 
     kind: Kind
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] - hides tuple.count
     bytes: int
     link: str
     role: str

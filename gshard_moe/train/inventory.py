@@ -81,16 +81,17 @@ class ParameterCount(NamedTuple):
     active: int
 
 
-def tensors(model: configs.ModelConfig, layout: Layout) -> list[Tensor]:
+def tensors(model: configs.ModelConfig, layout: Layout, *, source: str = "model") -> list[Tensor]:
     """Returns the parameters, then the moments, then the activations, in the model's order.
 
     Args:
       model: the model card.
-      layout: on a mesh, real or abstract: `Layout.load("expert").on(num_devices)`.
+      layout: on a mesh, real or abstract: `Layout.load(name).on(num_devices)`.
+      source: the model card's name in messages.
     Raises:
-      LayoutError: if a dim does not divide by its mesh axes.
+      LayoutError: with every dim that its mesh axes do not divide.
     """
-    layout.check(model)
+    layout.check(model, source=source)
     masters, copies, moments = [], [], {name: [] for name in _MOMENTS}
     for path, role, shape in parameters(model):
         master = _parameter(layout, role, path, shape, "optimizer", "parameter")

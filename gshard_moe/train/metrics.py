@@ -86,7 +86,7 @@ class MetricsLog:
         """Closes the files."""
         self.close()
 
-    def train(self, step: int, **values: float) -> None:
+    def train(self, step: int, **values: float | int) -> None:
         """Writes a line of a training step; the names are those of the file's format.
 
         Raises:
@@ -94,7 +94,7 @@ class MetricsLog:
         """
         self._write(step, {name: values[name] for name in _TRAIN})
 
-    def eval(self, step: int, **values: float) -> None:
+    def eval(self, step: int, **values: float | int) -> None:
         """Writes a line of an evaluation: eval_loss, eval_bpb.
 
         Raises:
@@ -109,7 +109,7 @@ class MetricsLog:
             self._file.close()
             self._board.close()
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, float | int]) -> None:
         if not self._enabled:
             return
         line = {name: _number(value) for name, value in ({"step": step} | values).items()}

@@ -81,7 +81,7 @@ def start(run: Run, *, write: bool, unfinished: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / MODEL, cards.dump(run.model))
         _write(directory / SHARDING, cards.dump(run.sharding))
-        facts = {"seed": run.seed, "data": list(run.data), "digest": run.digest}
+        facts = {"seed": run.seed, "paths": list(run.data), "digest": run.digest}
         # Last: a directory with this file is a run.
         _write(directory / RUN, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
@@ -104,7 +104,7 @@ def load(directory: pathlib.Path) -> Run:
             model=model,
             sharding=sharding,
             seed=int(facts["seed"]),
-            data=tuple(facts["data"]),
+            data=tuple(facts["paths"]),
             digest=str(facts["digest"]),
         )
     except FileNotFoundError as error:

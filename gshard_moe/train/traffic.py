@@ -12,8 +12,14 @@ from gshard_moe.layout.notation import ACTIVATIONS, PARAMETERS
 from gshard_moe.layout.traffic import Collective, held_bytes, one, times, total
 from gshard_moe.train import inventory
 
-# Activations whose leading dims are summed over in a parameter's gradient.
-_SUMMED_WITH = {"expert": "slots", "router": "groups"}
+# The dim that a parameter's gradient sums over, and the activation that has it; others: the batch.
+_SUMMED_OVER = {
+    "expert_in": ("slots", "G"),
+    "expert_out": ("slots", "G"),
+    "expert_in_bias": ("slots", "G"),
+    "expert_out_bias": ("slots", "G"),
+    "router": ("groups", "G"),
+}
 
 
 def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
@@ -63,9 +69,7 @@ def _parameter(
     # not needed there.
     looked_up = role in ("embed", "positions") or len(shape) == 1 or role.endswith("_bias")
     gathers = times(gathers, 1 if looked_up else 2)
-    kind = next((kind for prefix, kind in _SUMMED_WITH.items() if role.startswith(prefix)), "")
-    summed = {"slots": ("G",), "groups": ("G",)}.get(kind, ("B",))
-    over = {axis for letter in summed for axis in layout.axes_of(kind or "tokens", letter)}
+    over = set(layout.axes_of(*_SUMMED_OVER.get(role, ("tokens", "B"))))
     if role == "head_norm":
         over |= set(layout.axes_of("queries", "N"))
     over -= used

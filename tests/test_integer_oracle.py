@@ -1,0 +1,80 @@
+"""The MoE layer is the same function on one device and under every layout, with `==`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cases
+import integer_case
+from gshard_moe import MoE, moe
+from gshard_moe.layout import Layout
+from flax import nnx
+
+# Meshes of other shapes than the cards': all of an axis, none of it, and a swap.
+MESHES = (
+    ("expert_data", "data=4,expert=2"),
+    ("expert_data", "data=1,expert=8"),
+    ("expert_data", "data=8,expert=1"),
+    ("expert_fsdp", "fsdp=4,expert=2"),
+    ("expert_model", "expert=2,model=4"),
+    ("expert_model", "expert=8,model=1"),
+)
+
+
+@functools.cache
+def expected(config):
+    case = integer_case.make(config)
+    return case, integer_case.expected(case, config)
+
+
+def check(config, layout):
+    case, want = expected(config)
+    assert integer_case.differences(integer_case.run(case, config, layout), want) == []
+
+
+def test_the_case_tries_what_it_should():
+    config = integer_case.config()
+    case, want = expected(config)
+    assert 0.05 < want.dropped < 0.5
+    assert not case.mask_GS.all()
+    assert (want.load_E > 0).all()
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(want)) < 2**20
+    other = integer_case.config(priority="choice")
+    assert (expected(other)[1].slot_GSK != want.slot_GSK).any()
+
+
+def test_the_comparison_can_fail():
+    config = integer_case.config()
+    case, want = expected(config)
+    got = integer_case.run(case, config, cases.layout("expert_data"))
+    wrong = want.dexperts.in_EMH.copy()
+    wrong[7, 3, 2] += 1
+    want = want._replace(dexperts=want.dexperts._replace(in_EMH=wrong))
+    assert integer_case.differences(got, want) == ["dexperts.in_EMH"]
+
+
+@pytest.mark.parametrize("priority", ["token", "choice"])
+@pytest.mark.parametrize("capacity_factor", [0.5, 4.0])
+def test_without_a_layout(priority, capacity_factor):
+    check(integer_case.config(priority=priority, capacity_factor=capacity_factor), None)
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "einsum"])
+@pytest.mark.parametrize("card", ["single", *cases.SHARDED_CARDS])
+def test_every_card(card, dispatch):
+    check(integer_case.config(), cases.layout(card, dispatch=dispatch))
+
+
+@pytest.mark.parametrize(("card", "mesh"), MESHES)
+def test_meshes_of_other_shapes(card, mesh):
+    check(integer_case.config(), cases.layout(card, mesh=mesh))
+
+
+def test_choice_order_and_one_choice_when_sharded():
+    layout = cases.layout("expert_data")
+    check(integer_case.config(priority="choice"), layout)
+    check(integer_case.config(top_k=1, hidden_dim=8), layout)
