@@ -176,8 +176,8 @@ def expected(case: Case, config: MoEConfig) -> Result:
         load_E += used_E
     asked = case.mask_GS.sum() * K
     shape = case.x_BLM.shape
-    # The one quotient: two float32 operations on exact counts.
-    dropped = np.float32(1) - np.float32(load_E.sum()) / np.float32(asked)
+    # The one quotient, of exact counts.
+    dropped = np.float32(asked - load_E.sum()) / np.float32(asked)
     return Result(
         y_GSM.reshape(shape), dx_GSM.reshape(shape), grads, dgate_GSK, slot_GSK, load_E, dropped
     )

@@ -45,9 +45,9 @@ def call(args: Sequence[str]) -> int:
     return leaving.value.code
 
 
-def start(args: Sequence[str], **options: Any) -> subprocess.Popen:
-    """Starts the command line as a process of its own."""
-    command = [sys.executable, "-m", "gshard_moe", *args]
+def start(args: Sequence[str], before: Sequence[str] = (), **options: Any) -> subprocess.Popen:
+    """Starts the command line as a process of its own; `before` is a command that runs it."""
+    command = [*before, sys.executable, "-m", "gshard_moe", *args]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )

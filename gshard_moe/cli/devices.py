@@ -1,5 +1,6 @@
 """Which devices a command runs on: accelerators where there are any, else simulated CPU devices."""
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -24,7 +25,9 @@ def prepare(num_devices: int | None, layout: Layout, num_processes: int | None =
         num_devices = max((fixed_size(layout) or _SIMULATED) // (num_processes or 1), 1)
     if num_devices < 1:
         raise LayoutError(f"--devices: must be positive; got {num_devices}")
-    jax.config.update("jax_num_cpu_devices", num_devices)
+    # Called from a program that has used JAX already, there are the devices that there are.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", num_devices)
 
 
 def bind(layout: Layout, num_devices: int | None, say: Callable[[str], None]) -> Layout:

@@ -76,8 +76,9 @@ def moe(
       x_BLM: token vectors.
       config: what is computed.
       layout: where it is computed; None leaves the layout to XLA.
-      mask_BL: False for padding, which takes no slot and is in no statistics.
-      routing: used instead of the router's own, for [B * L / S, S, K] choices.
+      mask_BL: False for padding, which may hold anything, takes no slot and is in no statistics.
+      routing: used instead of the router's own, for [B * L / S, S, K] choices; its own `keep_GSK`
+        says which are padding.
       train: takes `capacity_factor`, else `eval_capacity_factor`.
     Returns:
       The output, in the dtype of `x_BLM`, and the metrics with both losses: add them, weighted, to
@@ -124,12 +125,14 @@ def _moe(
     batch, length, width = x_BLM.shape
     groups = (batch * length // config.group_size, config.group_size)
     x_GSM = lay("groups", x_BLM.reshape(*groups, width))
+    mask_GS = None if mask_BL is None else mask_BL.reshape(groups)
+    if mask_GS is not None:  # padding may hold anything, and NaN * 0 is NaN
+        x_GSM = jnp.where(mask_GS[..., None], x_GSM, jnp.zeros((), x_GSM.dtype))
     with jax.named_scope("router"):
         chosen = forced
         if chosen is None:
             router_ME = place("router", weights.router_ME, layout)
             logits_GSE = lay("router_logits", routing.router_logits(x_GSM, router_ME))
-            mask_GS = None if mask_BL is None else mask_BL.reshape(groups)
             chosen = routing.top_k(logits_GSE, config, mask_GS=mask_GS)
     with jax.named_scope("dispatch"):
         slots = dispatch.assign(
@@ -158,7 +161,7 @@ def _metrics(chosen: routing.Routing, slots: dispatch.Slots) -> MoEMetrics:
         aux_loss=losses.load_balance_loss(chosen.stats),
         z_loss=losses.z_loss(chosen.stats),
         load_E=load_E,
-        dropped=1.0 - load_E.sum() / jnp.maximum(asked, load_E.sum()).clip(min=1.0),
+        dropped=(asked - load_E.sum()) / asked.clip(min=1.0),
         entropy=losses.mean_entropy(chosen.stats),
     )
 

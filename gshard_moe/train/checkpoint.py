@@ -139,7 +139,8 @@ class Checkpoints:
         """Reads the newest whole checkpoint into the shardings asked for.
 
         Args:
-          abstract_state: `ShapeDtypeStruct`s, with shardings; any mesh will do.
+          abstract_state: `ShapeDtypeStruct`s, with shardings; any mesh will do. Checkpoints passed
+            over are moved to `refused/`, unless the directory is only read.
           say: told of each checkpoint that is passed over, and why.
         Returns:
           The checkpoint, or None if there is none.
@@ -155,6 +156,7 @@ class Checkpoints:
                     state = self._orbax.restore(
                         self._path(step), args=ocp.args.StandardRestore(abstract_state)
                     )
+                    self._set_aside([other for other in steps if other > step])
                     return Restored(step, state, facts["extra"])
                 except Exception as error:
                     reason = f"it cannot be read: {_first_line(error)}"
@@ -165,6 +167,19 @@ class Checkpoints:
         if not steps:
             return None
         raise CheckpointError("no checkpoint can be used:\n" + "\n".join(reasons))
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves refused checkpoints to `refused/`, since their steps will be saved again."""
+        if self._keep is None or not self._first:
+            return
+        for step in steps:
+            aside = self._directory / "refused" / f"{step:08d}"
+            while aside.exists():
+                aside = aside.with_name(aside.name + "_")
+            aside.parent.mkdir(exist_ok=True)
+            self._path(step).with_suffix(".json").rename(aside.with_suffix(".json"))
+            if self._path(step).exists():
+                self._path(step).rename(aside)
 
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / f"{step:08d}"

@@ -158,12 +158,12 @@ class _Loop:
                 if evaluate or save:
                     self._look_at(*pending)
                     pending = None
-                if evaluate and stopped is None:
+                if evaluate:  # also on a signal: a resumed run does not evaluate this step again
                     eval_loss = self._evaluate(state.params, done)
                 if save:
                     self.checkpoints.save(done, state, {"position": batch.position})
         self.checkpoints.wait()
-        if stopped is not None:
+        if stopped is not None and done < self.config.steps:
             self.report.say(
                 f"{stopped.name}: saved {self.checkpoints.name(done)}; --resume goes on"
             )

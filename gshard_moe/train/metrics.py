@@ -34,11 +34,7 @@ class MetricsError(Exception):
 
 
 class MetricsLog:
-    """The metrics of a run; a context manager.
-
-    Attributes:
-      last_eval: the last step that has an evaluation line, or None.
-    """
+    """The metrics of a run; a context manager."""
 
     def __init__(
         self,
@@ -59,7 +55,6 @@ class MetricsLog:
         """
         self._path = pathlib.Path(directory) / "metrics.jsonl"
         self._enabled = enabled
-        self.last_eval: int | None = None
         if not enabled:
             return
         try:
@@ -100,7 +95,6 @@ class MetricsLog:
         Raises:
           MetricsError: if it cannot be written.
         """
-        self.last_eval = step
         self._write(step, {name: values[name] for name in _EVAL})
 
     def close(self) -> None:
@@ -128,8 +122,7 @@ class MetricsLog:
         kept = []
         for number, line in enumerate(whole.splitlines(keepends=True), 1):
             try:
-                values = json.loads(line)
-                step = values["step"]
+                step = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError) as error:
                 raise MetricsError(
                     f"{self._path}, line {number}: must be one of our JSON objects; {error}; "
@@ -137,7 +130,6 @@ class MetricsLog:
                 ) from error
             if step <= last:
                 kept.append(line)
-                self.last_eval = step if "eval_loss" in values else self.last_eval
         if b"".join(kept) == text:
             return
         partial = self._path.with_suffix(".jsonl.partial")

@@ -16,6 +16,10 @@ from gshard_moe.nn import Cache
 from gshard_moe.train.state import Model
 
 
+class SampleError(ValueError):
+    """Reports what is wrong with a request for samples, all at once."""
+
+
 def sample(
     model: Model,
     params: dict[str, Any],
@@ -43,7 +47,7 @@ def sample(
     Yields:
       uint8 [B].
     Raises:
-      ValueError: if a number is out of its range, or the text would be longer than the model's
+      SampleError: if a number is out of its range, or the text would be longer than the model's
         positions.
     """
     _check(model, prompt, num_tokens, num_samples, temperature, top_p)
@@ -125,4 +129,4 @@ def _check(
                 f"{shown}; use --num-samples {parts}, or --sharding single"
             )
     if faults:
-        raise ValueError("\n".join(faults))
+        raise SampleError("\n".join(faults))
