@@ -114,13 +114,15 @@ def place(case: Case, layout: Layout) -> Case:
 
 
 def run(case: Case, config: MoEConfig, layout: Layout | None) -> Result:
-    """Runs the layer and its backward, compiled as one program."""
+    """Places a case and runs it."""
     if layout is not None:
         case = place(case, layout)
-    return jax.jit(functools.partial(_run, config=config, layout=layout))(case)
+    return jax.jit(functools.partial(layer, config=config, layout=layout))(case)
 
 
-def _run(case: Case, *, config: MoEConfig, layout: Layout | None) -> Result:
+def layer(case: Case, *, config: MoEConfig, layout: Layout | None) -> Result:
+    """Runs the layer and its backward, to be compiled as one program."""
+
     def forward(experts, x_BLM, gate_GSK):
         forced = routing.forced(
             case.expert_GSK,

@@ -31,11 +31,18 @@ def matrix(
       batch: the dims that stack independent matrices (experts).
       scale: of the variance.
     """
+    init = initializer(shape, inputs=inputs, batch=batch, scale=scale)
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), role=role)
+
+
+def initializer(
+    shape: Sequence[int], *, inputs: Sequence[int] = (-2,), batch: Sequence[int] = (), scale: float
+) -> jax.nn.initializers.Initializer:
+    """Returns the truncated normal of `matrix`; arguments as there."""
     outputs = [d for d in range(-len(shape), 0) if d not in inputs and d not in batch]
-    init = jax.nn.initializers.variance_scaling(
+    return jax.nn.initializers.variance_scaling(
         scale, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs, batch_axis=batch
     )
-    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), role=role)
 
 
 def constant(value: float, shape: Sequence[int], role: str) -> nnx.Param:

@@ -109,23 +109,26 @@ class _Loop:
     def run(self, *, resume: bool) -> Outcome:
         """Restores or starts, and steps to the end."""
         with contextlib.ExitStack() as stack:
+            self.report = stack.enter_context(
+                Reporter(enabled=self.first, total_steps=self.config.steps)
+            )
+            interrupts = stack.enter_context(Interrupts(self.report.say))
             self.checkpoints = stack.enter_context(
                 Checkpoints(self.spec.checkpoints, keep=self.options.keep)
             )
-            self.report = Reporter(enabled=self.first, total_steps=self.config.steps)
             restored = self._restore() if resume else None
-            state = restored.state if restored else init_state(self.model, self.spec.seed)
-            done = restored.step if restored else 0
-            self.report = stack.enter_context(
-                Reporter(enabled=self.first, total_steps=self.config.steps, first_step=done)
-            )
+            if restored is None:
+                done = position = 0
+                state = init_state(self.model, self.spec.seed)
+            else:
+                done, position = restored.step, restored.extra["position"]
+                state = restored.state
             self.metrics = stack.enter_context(
                 MetricsLog(
                     self.spec.directory, resume_after=done if resume else None, enabled=self.first
                 )
             )
-            interrupts = stack.enter_context(Interrupts(self.report.say))
-            return self._steps(state, done, interrupts)
+            return self._steps(state, done, position, interrupts)
 
     def _restore(self) -> Restored | None:
         restored = self.checkpoints.restore(abstract_state(self.model), say=self.report.say)
@@ -135,9 +138,10 @@ class _Loop:
             self.report.say(f"going on from {self.checkpoints.name(restored.step)}")
         return restored
 
-    def _steps(self, state: TrainState, done: int, interrupts: Interrupts) -> Outcome:
+    def _steps(
+        self, state: TrainState, done: int, position: int, interrupts: Interrupts
+    ) -> Outcome:
         """Steps until the end or a signal; the last state is saved in either case."""
-        position = done * self.config.batch_size
         batches = data.batches(self.data, start=position, sharding=self.tokens)
         self._logged_at = time.perf_counter(), done
         pending: tuple[int, StepMetrics] | None = None

@@ -18,12 +18,11 @@ class Reporter:
     Used as a context manager; `update` may be called every step.
     """
 
-    def __init__(self, *, enabled: bool, total_steps: int, first_step: int = 0):
+    def __init__(self, *, enabled: bool, total_steps: int):
         """Opens nothing yet; `total_steps` is where the bar ends."""
         self._enabled = enabled
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._total = total_steps
-        self._first = first_step
         self._said_at = -_QUIET_SECONDS
         self._bar: Progress | None = None
         self._task = None
@@ -41,9 +40,7 @@ class Reporter:
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task(
-                "train", total=self._total, completed=self._first, numbers="compiling"
-            )
+            self._task = self._bar.add_task("train", total=self._total, numbers="compiling")
         return self
 
     def __exit__(
