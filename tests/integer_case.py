@@ -11,12 +11,11 @@ B sequences, L tokens, M model width; G groups of S tokens, E experts, C slots, 
 import functools
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 import cases
+import jax
+import numpy as np
 import oracle
+
 from gshard_moe import Layout, MoEConfig, MoEWeights, dispatch, moe, routing
 from gshard_moe.experts import ExpertWeights
 

@@ -5,13 +5,13 @@ import functools
 import re
 from typing import NamedTuple
 
+import cases
+import integer_case
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import cases
-import integer_case
 from gshard_moe import MoEWeights, dispatch, exchange, moe, routing
 from gshard_moe.layout import Layout
 

@@ -1,5 +1,6 @@
 """The MoE layer in other people's training loops, written as Flax's own examples write them."""
 
+import cases
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 
-import cases
 import gshard_moe
 import gshard_moe.linen
 from gshard_moe.layout import Layout

@@ -1,18 +1,11 @@
 """The MoE layer is the same function on one device and under every layout, with `==`."""
 
-import dataclasses
 import functools
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
 
 import cases
 import integer_case
-from gshard_moe import MoE, moe
-from gshard_moe.layout import Layout
-from flax import nnx
+import jax
+import pytest
 
 # Meshes of other shapes than the cards': all of an axis, none of it, and a swap.
 MESHES = (

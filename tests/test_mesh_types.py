@@ -2,6 +2,7 @@
 
 import functools
 
+import integer_case
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import integer_case
 from gshard_moe import Layout, LayoutError, MoEWeights, moe
 
 CONFIG = integer_case.config()

@@ -2,14 +2,14 @@
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from flax import nnx
 
-import cases
-import oracle
 from gshard_moe import MoE, MoEWeights, Transformer, moe, routing
 
 # float32 sums of at most 24 products of order 1, twice; bfloat16 has 8 bits.

@@ -1,15 +1,15 @@
 """Routing: who is chosen, with what gate, and what the statistics count."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import cases
-import oracle
 from gshard_moe import losses, routing
 from gshard_moe.routing import Order
 from gshard_moe.routing.top_k import largest

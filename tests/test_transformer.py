@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-import cases
 from gshard_moe import ModelConfig, load_model
 from gshard_moe.nn import Attention, rotate
 from gshard_moe.train import state, step
