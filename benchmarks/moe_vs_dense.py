@@ -80,7 +80,9 @@ class Options:
 def models(options: Options) -> dict[str, ModelConfig]:
     """Returns the two models, by name."""
     card = load_model("tiny")
-    scale = math.sqrt(options.batch_size * options.seq_len / card.train.batch_size / card.train.seq_len)
+    scale = math.sqrt(
+        options.batch_size * options.seq_len / card.train.batch_size / card.train.seq_len
+    )
     train = dataclasses.replace(
         card.train,
         batch_size=options.batch_size,
@@ -146,14 +148,10 @@ def held_out_batches(corpus: Corpus, options: Options) -> list[data.EvalBatch]:
 
 def run_seed(trainers: dict[str, Trainer], corpus: Corpus, options: Options, seed: int) -> dict:
     """Trains every model in turns; returns losses, seconds and dropped shares by turn."""
-    found: dict[str, Any] = {
-        name: {"loss": [], "seconds": [], "dropped": []} for name in trainers
-    }
+    found: dict[str, Any] = {name: {"loss": [], "seconds": [], "dropped": []} for name in trainers}
     for trainer in trainers.values():
         trainer.start(seed)
-    feed = data.TrainData(
-        corpus, batch_size=options.batch_size, seq_len=options.seq_len, seed=seed
-    )
+    feed = data.TrainData(corpus, batch_size=options.batch_size, seq_len=options.seq_len, seed=seed)
     turn = options.eval_every * options.batch_size
     for index in range(options.steps // options.eval_every):
         rows = feed.rows(index * turn, (index + 1) * turn)

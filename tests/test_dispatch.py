@@ -49,7 +49,8 @@ def test_hand_worked_by_token():
 
 
 def test_hand_worked_by_choice():
-    # C=2. First choices: 0->e0, 1->e0, 2->e1, 3->e0 full; then 0->e1, 1->e2, 2->e0 full, 3->e1 full.
+    # C=2. First choices: 0->e0, 1->e0, 2->e1, 3->e0 full.
+    # Then 0->e1, 1->e2, 2->e0 full, 3->e1 full.
     slots = assign(HAND_WORKED, jnp.ones((1, 4, 2)), capacity=2, num_experts=3, order="choice")
     np.testing.assert_array_equal(slots.token_GEC, [[[0, 1], [2, 0], [1, -1]]])
     np.testing.assert_array_equal(slots.slot_GSK, [[[0, 3], [1, 4], [2, -1], [-1, -1]]])

@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps: where it ran, an aligned table, and its numbers as JSON."""
+"""What every benchmark prints and keeps: where it ran, a table, and its numbers as JSON."""
 
 import datetime
 import importlib.metadata

@@ -120,8 +120,9 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _bytes(count: int) -> str:
     """Spells bytes in binary units."""
+    size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.4g} {unit}"
-        count /= 1024
-    return f"{count:,.2f} TiB"
+        if size < 1024:
+            return f"{size:,.4g} {unit}"
+        size /= 1024
+    return f"{size:,.2f} TiB"

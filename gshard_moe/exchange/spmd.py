@@ -7,6 +7,7 @@ alone the partitioner is free to gather all tokens instead, and does.
 G groups, S tokens, E experts, C slots, M model width.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -50,8 +51,10 @@ def exchange(
         dispatch_GSEC = constrain("mask", einsum.mask(slots, served_GSK))
         combine_GSEC = constrain("mask", einsum.mask(slots, gate_GSK))
         xs_EGCM = einsum.dispatch(x_GSM, dispatch_GSEC)
+        combine = functools.partial(einsum.combine, mask_GSEC=combine_GSEC)
     else:
         xs_EGCM = gather.dispatch(x_GSM, slots)
+        combine = functools.partial(gather.combine, slots=slots)
     with jax.named_scope("exchange"):
         xs_EGCM = constrain("slots_wire", constrain("slots_source", xs_EGCM))
         xs_EGCM = constrain("slots", xs_EGCM)
@@ -60,9 +63,7 @@ def exchange(
     with jax.named_scope("exchange"):
         ys_EGCM = constrain("slots_source", constrain("slots_wire", ys_EGCM))
     with jax.named_scope("combine"):
-        if dispatch == "einsum":
-            return einsum.combine(ys_EGCM, combine_GSEC)
-        return gather.combine(ys_EGCM, slots)
+        return combine(ys_EGCM)
 
 
 def collectives(

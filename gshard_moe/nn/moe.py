@@ -4,7 +4,7 @@ B sequences, L tokens of each, M model width; G groups of S tokens, E experts, K
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +94,12 @@ def moe(
     if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:
         return run(weights, x_BLM, mask_BL, routing)
     spec = jax.typeof(x_BLM).sharding.spec if layout is None else layout.spec("tokens")
-    tokens = NamedSharding(mesh, layouts.free_spec(mesh, spec))
-    whole = NamedSharding(mesh, P())
+    tokens: Any = NamedSharding(mesh, layouts.free_spec(mesh, spec))
+    whole: Any = NamedSharding(mesh, P())
     out_sharding = MoEOutput(tokens, MoEMetrics(*[whole] * len(MoEMetrics._fields)))
-    explicit = jax.sharding.auto_axes(run, axes=layouts.free_axes(mesh), out_sharding=out_sharding)
+    explicit: Any = jax.sharding.auto_axes(
+        run, axes=layouts.free_axes(mesh), out_sharding=out_sharding
+    )
     return explicit(weights, x_BLM, mask_BL, routing)
 
 
