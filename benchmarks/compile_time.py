@@ -45,6 +45,7 @@ from gshard_moe.train.step import jit_train_step  # noqa: E402
 
 NAME = "compile_time"
 TOPOLOGIES = {
+    4: "v5p:2x2x1",
     8: "v5p:2x2x2",
     16: "v5p:2x2x4",
     64: "v5p:4x4x4",

@@ -61,7 +61,7 @@ EVAL_BATCH = 32
 class Options:
     """Dense against MoE at equal active FLOPs per token."""
 
-    steps: int = 800
+    steps: int = 2000
     """Optimiser steps of each run."""
     seeds: int = 3
     """Runs of each model."""
@@ -69,7 +69,7 @@ class Options:
     """Sequences in a step."""
     seq_len: int = 128
     """Bytes in a sequence."""
-    eval_every: int = 40
+    eval_every: int = 80
     """Steps between evaluations; divides `steps`."""
     eval_windows: int = 256
     """Held-out windows of an evaluation; divides by 32."""

@@ -1,11 +1,14 @@
-"""Small configs and layouts that several tests share."""
+"""Small configs, weights and layouts that several tests share."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from gshard_moe import Layout, ModelConfig, MoEConfig, TrainConfig, load_sharding
 from gshard_moe.layout import MeshLike
+from gshard_moe.train import state
 
 # Every sharding card but `single` fills the eight devices; E, G and B of `moe_config` and
 # `model_config` divide by any of their axes.
@@ -32,27 +35,27 @@ def moe_config(**changes) -> MoEConfig:
 
 
 def model_config(moe: MoEConfig | None = None, **changes) -> ModelConfig:
-    """A Transformer of 4 blocks, dense and MoE in turn, or all dense if `moe` is None."""
-    config = ModelConfig(
-        vocab_size=64,
-        model_dim=16 if moe is None else moe.model_dim,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        dense_hidden_dim=32,
-        max_positions=16,
-        activation="swiglu",
-        norm="rms",
-        norm_eps=1e-5,
-        positions="rotary",
-        rope_theta=10000.0,
-        qk_norm=False,
-        bias=False if moe is None else moe.bias,
-        tied_embeddings=False,
-        home_devices=8,
-        moe=moe,
-        train=TrainConfig(
+    """A Transformer of 4 blocks, all dense if `moe` is None."""
+    sizes = {
+        "vocab_size": 64,
+        "model_dim": 16,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "dense_hidden_dim": 32,
+        "max_positions": 16,
+        "activation": "swiglu",
+        "norm": "rms",
+        "norm_eps": 1e-5,
+        "positions": "rotary",
+        "rope_theta": 10000.0,
+        "qk_norm": False,
+        "bias": moe is not None and moe.bias,
+        "tied_embeddings": False,
+        "home_devices": 8,
+        "moe": moe,
+        "train": TrainConfig(
             batch_size=8,
             seq_len=8,
             steps=10,
@@ -62,8 +65,23 @@ def model_config(moe: MoEConfig | None = None, **changes) -> ModelConfig:
             clip_norm=1.0,
             dtype="float32",
         ),
-    )
-    return dataclasses.replace(config, **changes)
+    }
+    return ModelConfig(**sizes | changes)
+
+
+def params(config: ModelConfig) -> dict:
+    """Draws weights; norms and biases too, whose initial values would hide them.
+
+    By numpy: compiling the true initialisers takes longer than the tests that need weights.
+    """
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(state.Model(config, None).init, jax.random.key(0))
+
+    def draw(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        centre = 1.0 if path[-1].key in ("scale", "query_norm", "key_norm") else 0.0
+        return jnp.asarray(rng.normal(centre, 0.3, shape.shape), shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def layout(card: str, *, mesh: MeshLike = None, **compute) -> Layout:

@@ -14,29 +14,17 @@ from gshard_moe import ModelConfig, load_model
 from gshard_moe.nn import Attention, rotate
 from gshard_moe.train import state, step
 
-# Float32 of a few blocks of width 16: between two orders of the same sums.
+# Between two orders of the same float32 sums, through a few blocks; of the largest number of each
+# tensor, or of FLOOR where that is less: some gradients cancel (a bias of the keys shifts all
+# scores of a query alike).
 TOLERANCE = 2e-5
+FLOOR = 1e-2
 MODELS = ("tiny", "gpt2_moe", "switch_base_8", "mixtral_8x7b", "qwen3_30b_a3b", "gshard_600b")
 
 
 def tokens(config: ModelConfig, seed: int = 1) -> jax.Array:
     shape = (config.train.batch_size, config.train.seq_len)
     return jax.random.randint(jax.random.key(seed), shape, 0, config.vocab_size)
-
-
-def params_of(config: ModelConfig, seed: int = 0) -> dict:
-    """Draws weights; norms and biases too, whose initial values would hide them.
-
-    By numpy: compiling the true initialisers takes longer than all else here.
-    """
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(state.Model(config, None).init, jax.random.key(0))
-
-    def draw(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        centre = 1.0 if path[-1].key in ("scale", "query_norm", "key_norm") else 0.0
-        return jnp.asarray(rng.normal(centre, 0.3, shape.shape), shape.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def loss_and_gradients(config: ModelConfig, params: dict, layout=None, **compute):
@@ -54,12 +42,12 @@ def loss_and_gradients(config: ModelConfig, params: dict, layout=None, **compute
     return total, parts, gradients
 
 
-def assert_close(got, want, tolerance: float = TOLERANCE) -> None:
-    """Compares leaf by leaf, each against the largest number in it."""
+def assert_close(got, want) -> None:
+    """Compares leaf by leaf."""
 
     def close(path, ours, theirs):
         ours, theirs = np.float64(ours), np.float64(theirs)
-        limit = tolerance * max(np.abs(theirs).max(), 1e-3)
+        limit = TOLERANCE * max(np.abs(theirs).max(), FLOOR)
         np.testing.assert_allclose(
             ours, theirs, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path)
         )
@@ -75,7 +63,7 @@ DROPPING = cases.moe_config(capacity_factor=1.0, every=2)
 @functools.cache
 def reference():
     config = cases.model_config(DROPPING)
-    params = params_of(config)
+    params = cases.params(config)
     return config, params, loss_and_gradients(config, params)
 
 
@@ -83,12 +71,10 @@ def reference():
     "compute",
     [
         {"layers": "unroll"},
-        {"unroll": 2},
-        {"remat": "full"},
-        {"remat": "dots_saveable"},
-        {"remat": "dots_with_no_batch_dims_saveable", "layers": "unroll"},
+        {"remat": "full", "unroll": 2},
+        {"remat": "dots_saveable", "layers": "unroll"},
+        {"remat": "dots_with_no_batch_dims_saveable", "dispatch": "einsum"},
         {"remat": "everything_saveable"},
-        {"dispatch": "einsum"},
     ],
     ids=str,
 )
@@ -121,18 +107,16 @@ def by_hand(config: ModelConfig, params: dict, token_ids_BL: jax.Array) -> jax.A
     ("num_layers", "every", "first_dense", "moe_blocks"),
     [
         (3, 1, 0, [0, 1, 2]),
-        (4, 2, 0, [1, 3]),
-        (5, 2, 0, [1, 3]),  # one block is left over
-        (5, 2, 1, [1, 3]),  # a first dense block inside a period
-        (7, 3, 3, [5]),
         (4, 1, 1, [1, 2, 3]),
+        (5, 2, 1, [1, 3]),  # the first dense block is inside a period, and one is left over
+        (7, 3, 3, [5]),
     ],
 )
 def test_blocks_are_where_the_card_says(num_layers, every, first_dense, moe_blocks):
     moe = cases.moe_config(every=every, first_dense=first_dense)
     config = cases.model_config(moe, num_layers=num_layers)
     assert [i for i in range(num_layers) if config.is_moe_block(i)] == moe_blocks
-    params, token_ids_BL = params_of(config), tokens(config)
+    params, token_ids_BL = cases.params(config), tokens(config)
     model = state.Model(config, None)
     run = jax.jit(lambda params: model.merge(params)(token_ids_BL, capacity="train"))
     output = run(params)
@@ -145,7 +129,7 @@ def test_blocks_are_where_the_card_says(num_layers, every, first_dense, moe_bloc
 def test_a_dense_model_has_no_metrics():
     config = cases.model_config(None)
     model = state.Model(config, None)
-    output = jax.jit(lambda params: model.merge(params)(tokens(config)))(params_of(config))
+    output = jax.jit(lambda params: model.merge(params)(tokens(config)))(cases.params(config))
     assert output.metrics is None
     assert output.logits_BLV.shape == (8, 8, 64)
     assert output.cache is None
@@ -155,7 +139,7 @@ def test_the_dtype_of_the_computation_is_the_cards():
     config = cases.model_config(cases.moe_config(), num_layers=1)
     train = dataclasses.replace(config.train, dtype="bfloat16")
     config = dataclasses.replace(config, train=train)
-    params = params_of(config)
+    params = cases.params(config)
     model = state.Model(config, None)
     jaxpr = str(jax.make_jaxpr(lambda p: model.merge(p)(tokens(config)))(params))
     assert "bf16[8,8,16]" in jaxpr
@@ -170,7 +154,7 @@ def test_the_dtype_of_the_computation_is_the_cards():
 def dropless():
     config = cases.model_config(cases.moe_config(every=2), num_layers=5)
     model = state.Model(config, None)
-    params, token_ids_BL = params_of(config), tokens(config)
+    params, token_ids_BL = cases.params(config), tokens(config)
     run = jax.jit(lambda params, ids: model.merge(params)(ids, capacity="dropless").logits_BLV)
     return config, model, params, token_ids_BL, run
 
@@ -189,7 +173,7 @@ def test_the_future_does_not_change_the_past():
 def test_prefill_and_decoding_give_the_logits_of_the_whole_sequence(positions):
     config, _, _, token_ids_BL, _ = dropless()
     config = dataclasses.replace(config, positions=positions)
-    model, params = state.Model(config, None), params_of(config)
+    model, params = state.Model(config, None), cases.params(config)
 
     @jax.jit
     def whole(params):
@@ -286,25 +270,30 @@ def test_rotation_by_hand():
 
 # ---------------------------------------------------------------------- every choice of a card
 
-CHOICES = {
-    "learned positions": ({"positions": "learned"}, ["positions"]),
-    "biases": (
-        {"bias": True},
-        ["query_bias", "key_bias", "value_bias", "out_bias", "in_bias", "expert_out_bias"],
+# All choices, in two models, and the weights that each brings or shapes.
+CHOICES = (
+    (
+        {
+            "positions": "learned",
+            "bias": True,
+            "tied_embeddings": True,
+            "norm": "layer",
+            "activation": "gelu",
+        },
+        "positions query_bias value_bias out_bias in_bias expert_in_bias expert_gate_bias "
+        "expert_out_bias embed scale bias dense_in router expert_in",
     ),
-    "tied embeddings": ({"tied_embeddings": True}, ["embed"]),
-    "layer norm": ({"norm": "layer"}, ["scale", "bias"]),
-    "qk-norm": ({"qk_norm": True}, ["query_norm", "key_norm"]),
-    "activation": ({"activation": "gelu"}, ["dense_in"]),
-}
+    (
+        {"qk_norm": True, "bias": True},
+        "query_norm key_norm query_bias key_bias head scale dense_gate gate_bias expert_gate",
+    ),
+)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_changes_the_logits_and_its_weights_get_gradients(choice):
-    changes, names = CHOICES[choice]
-    moe = cases.moe_config(every=2, bias=changes.get("bias", False))
-    config = cases.model_config(moe, num_layers=2, **changes)
-    params = params_of(config)
+@pytest.mark.parametrize(("changes", "names"), CHOICES, ids=["gpt", "llama"])
+def test_every_choice_shapes_the_logits_and_its_weights_get_gradients(changes, names):
+    config = cases.model_config(cases.moe_config(every=2, bias=True), num_layers=2, **changes)
+    params = cases.params(config)
     model = state.Model(config, None)
 
     @jax.jit
@@ -316,7 +305,7 @@ def test_every_choice_changes_the_logits_and_its_weights_get_gradients(choice):
         return jax.grad(loss, has_aux=True)(params)
 
     gradients, logits_BLV = of(params)
-    for name in names:
+    for name in names.split():
         found = [
             leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
@@ -326,7 +315,7 @@ def test_every_choice_changes_the_logits_and_its_weights_get_gradients(choice):
         assert all(jnp.abs(leaf).max() > 1e-6 for leaf in found), name
         changed = jax.tree_util.tree_map_with_path(functools.partial(double, name), params)
         assert jnp.abs(of(changed)[1] - logits_BLV).max() > 1e-3, name
-    assert ("head" in params) == (choice != "tied embeddings")
+    assert ("head" in params) != config.tied_embeddings
 
 
 def double(name: str, path: tuple, leaf: jax.Array) -> jax.Array:
@@ -369,7 +358,7 @@ def shrunk(name: str) -> ModelConfig:
 @functools.cache
 def unsharded(name: str):
     config = shrunk(name)
-    params = params_of(config)
+    params = cases.params(config)
     return config, params, loss_and_gradients(config, params)
 
 
@@ -378,17 +367,14 @@ def unsharded(name: str):
 # expert, by fsdp, by model).
 PAIRS = (
     ("tiny", "expert_data"),
-    ("tiny", "expert_model"),
-    ("gpt2_moe", "expert"),
-    ("gpt2_moe", "expert_fsdp"),
     ("gpt2_moe", "expert_model"),
+    ("gpt2_moe", "expert_fsdp"),
+    ("switch_base_8", "expert"),
     ("switch_base_8", "data"),
-    ("switch_base_8", "expert_model"),
     ("mixtral_8x7b", "expert_fsdp"),
-    ("qwen3_30b_a3b", "fsdp"),
     ("qwen3_30b_a3b", "expert_model"),
+    ("qwen3_30b_a3b", "fsdp"),
     ("gshard_600b", "expert_data"),
-    ("gshard_600b", "expert_fsdp"),
 )
 OTHERS = [(m, s) for m in MODELS for s in cases.SHARDED_CARDS if (m, s) not in PAIRS]
 
