@@ -276,39 +276,38 @@ def draw(found: dict[str, Any]) -> None:
     steps, summary = np.array(found["steps"]), found["summary"]["mean"]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     curves = {n: np.array([run[n]["loss"] for run in found["runs"]]) for n in found["models"]}
+    turns = [seconds for run in found["runs"] for seconds in run["dense"]["seconds"]]
+    step_seconds = statistics.median(turns) / found["eval_every"]
+    cost = {"dense": step_seconds, "MoE": step_seconds * summary["moe_step_in_dense_steps"]}
     for name, losses in curves.items():
-        seconds = statistics.median(s for run in found["runs"] for s in run[name]["seconds"])
-        for panel, x in ((axes[0], steps), (axes[1], steps * seconds / found["eval_every"])):
-            about = f"{name}, {found['models'][name]['parameters'] / 1e6:.2f} M parameters"
+        about = f"{name}, {found['models'][name]['parameters'] / 1e6:.2f} M parameters"
+        for panel, x in zip(axes, (steps, steps * cost[name]), strict=True):
             panel.plot(x, losses.mean(axis=0), color=COLORS[name], label=about)
             low, high = losses.min(axis=0), losses.max(axis=0)
             panel.fill_between(x, low, high, color=COLORS[name], alpha=0.2, linewidth=0)
-    target = summary["dense_loss"]
+    dense = curves["dense"].mean(axis=0)
+    shown = len(dense) // 5  # before that, both fall too steeply to be told apart
+    bottom = min(losses.min() for losses in curves.values())
+    axes[0].set_ylim(bottom - 0.15 * (dense[shown] - bottom), dense[shown])
     for panel in axes:
-        panel.axhline(target, color=COLORS["dense"], linestyle=":", linewidth=1)
+        panel.axhline(dense[-1], color=COLORS["dense"], linestyle=":", linewidth=1)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.25)
-    reached = steps_to_reach(list(steps), list(curves["MoE"].mean(axis=0)), target)
-    if reached is not None:
-        arrow = {"arrowstyle": "->", "color": COLORS["MoE"]}
-        axes[0].annotate("", (reached, target), (steps[-1], target), arrowprops=arrow)
-        note = f"{summary['step_ratio']:.2f}x fewer steps" if summary["step_ratio"] else ""
-        middle = ((reached + steps[-1]) / 2, target)
-        axes[0].annotate(
-            note, middle, (0, -14), textcoords="offset points", ha="center", color=COLORS["MoE"]
-        )
-    after = curves["dense"].mean(axis=0)
-    top = after[len(after) // 5]
-    bottom = min(c.min() for c in curves.values())
-    axes[0].set_ylim(bottom - 0.1 * (top - bottom), top)
+        panel.set_xlim(left=0)
+    if summary["moe_steps"] is not None:
+        note = f"MoE at the dense model's last loss: step {summary['moe_steps']:.0f} of {steps[-1]}"
+        axes[0].plot(summary["moe_steps"], dense[-1], "o", color=COLORS["MoE"], markersize=5)
+        place = {"xycoords": axes[0].get_yaxis_transform(), "textcoords": "offset points"}
+        axes[0].annotate(note, (0.02, dense[-1]), (0, -4), va="top", fontsize=9, **place)
     axes[0].set_ylabel("held-out loss, nats per byte")
     axes[0].set_xlabel("optimiser steps")
     axes[1].set_xlabel("seconds of training, one CPU device")
     axes[0].legend(frameon=False)
     count = len(found["runs"])
-    figure.suptitle(f"Equal active FLOPs per token; {count} seeds, mean and min to max")
+    figure.suptitle(f"Equal active FLOPs per token; {count} seeds: mean, and min to max")
     PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=150, metadata={"Software": None})
+    figure.savefig(PICTURE, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def measure(options: Options) -> dict[str, Any]:

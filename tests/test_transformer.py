@@ -327,7 +327,7 @@ def double(name: str, path: tuple, leaf: jax.Array) -> jax.Array:
 
 
 def shrunk(name: str) -> ModelConfig:
-    """A card with all its choices, at sizes that compile fast: two blocks, one of them MoE or two."""
+    """A card with all its choices, at sizes that compile fast: two blocks, one or both MoE."""
     model = load_model(name)
     moe = model.moe
     assert moe is not None
@@ -362,9 +362,8 @@ def unsharded(name: str):
     return config, params, loss_and_gradients(config, params)
 
 
-# Every model card, every sharding card, and each kind of model (learned or rotary positions, biases,
-# tied embeddings, one choice, every block MoE) under each kind of layout (weights whole, split by
-# expert, by fsdp, by model).
+# Every model card and every sharding card; learned and rotary positions, biases, tied embeddings and
+# qk-norm each with weights that are split by fsdp or model and with weights that are whole.
 PAIRS = (
     ("tiny", "expert_data"),
     ("gpt2_moe", "expert_model"),

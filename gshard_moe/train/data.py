@@ -27,6 +27,10 @@ from gshard_moe.train.corpus import Corpus
 _BATCHES_AHEAD = 2
 
 
+class DataError(ValueError):
+    """Says which number does not suit the corpus or the mesh."""
+
+
 class Batch(NamedTuple):
     """A training batch of global arrays.
 
@@ -76,13 +80,13 @@ class TrainData:
           seq_len: L.
           seed: of the shuffle, not negative.
         Raises:
-          ValueError: if a number is out of its range, or the corpus shorter than one window.
+          DataError: if a number is out of its range, or the corpus shorter than one window.
         """
         _check_sizes(batch_size, seq_len)
         if seed < 0:
-            raise ValueError(f"seed must not be negative; got seed={seed}")
+            raise DataError(f"seed must not be negative; got seed={seed}")
         if corpus.train.size < seq_len + 1:
-            raise ValueError(
+            raise DataError(
                 "the training bytes must fill one window of seq_len + 1; "
                 f"got training bytes={corpus.train.size}, seq_len={seq_len}; "
                 "use a smaller seq_len or more text"
@@ -100,10 +104,10 @@ class TrainData:
         """Returns rows `start` to `stop` (exclusive) of the endless list, seq_len + 1 bytes each.
 
         Raises:
-          ValueError: unless 0 <= start <= stop.
+          DataError: unless 0 <= start <= stop.
         """
         if not 0 <= start <= stop:
-            raise ValueError(f"rows must have 0 <= start <= stop; got start={start}, stop={stop}")
+            raise DataError(f"rows must have 0 <= start <= stop; got start={start}, stop={stop}")
         indices = np.array([self._order[row] for row in range(start, stop)], np.intp)
         return self._windows[indices].astype(np.int32)
 
@@ -121,10 +125,10 @@ def batches(data: TrainData, *, start: int, sharding: NamedSharding) -> Generato
         divide by the batch size.
       sharding: of the `[B, L]` arrays.
     Raises:
-      ValueError: if `start` is negative, or `[B, L]` does not divide by its mesh axes.
+      DataError: if `start` is negative, or `[B, L]` does not divide by its mesh axes.
     """
     if start < 0:
-        raise ValueError(f"start must not be negative; got start={start} sequences")
+        raise DataError(f"start must not be negative; got start={start} sequences")
     _check_sharding(data.batch_size, data.seq_len, sharding)
     return _built_ahead(functools.partial(_train_batch, data, sharding), start, data.batch_size)
 
@@ -144,7 +148,7 @@ def held_out_batches(
       seq_len: L.
       sharding: of the `[B, L]` arrays.
     Raises:
-      ValueError: if a size is not positive, or `[B, L]` does not divide by its mesh axes.
+      DataError: if a size is not positive, or `[B, L]` does not divide by its mesh axes.
     """
     _check_sizes(batch_size, seq_len)
     _check_sharding(batch_size, seq_len, sharding)
@@ -224,7 +228,7 @@ def _cut_windows(text: UInt8[np.ndarray, " _"], seq_len: int) -> UInt8[np.ndarra
 
 def _check_sizes(batch_size: int, seq_len: int) -> None:
     if batch_size < 1 or seq_len < 1:
-        raise ValueError(
+        raise DataError(
             "batch_size and seq_len must be positive; "
             f"got batch_size={batch_size}, seq_len={seq_len}"
         )
@@ -234,7 +238,7 @@ def _check_sharding(batch_size: int, seq_len: int, sharding: NamedSharding) -> N
     try:
         sharding.shard_shape((batch_size, seq_len))
     except ValueError as error:
-        raise ValueError(
+        raise DataError(
             "a batch must divide by the mesh axes that it is split over; "
             f"got batch_size={batch_size}, seq_len={seq_len}, spec={sharding.spec}, "
             f"mesh={dict(sharding.mesh.shape)}; change the sizes or the mesh"
