@@ -188,6 +188,11 @@ def test_refusals(whole, tmp_path, capfd):
     refused("train", "--resume", "--run", str(tmp_path / "no"), message="--model: must be given")
     refused("train", "--resume", message="--resume: must come with the --run")
     refused(*args[:-6], "--resume", "--batch", "12", message="B must divide by its mesh axes")
+    card = tmp_path / "few.toml"
+    text = pathlib.Path(job.CARD).read_text()
+    card.write_text(text.replace("vocab_size       = 256", "vocab_size = 200"))
+    few = ["--model", str(card), "--run", str(tmp_path / "few")]
+    refused(*args, *few, message=r"vocab_size: must hold every byte .* got vocab_size=200")
     other = tmp_path / "other.txt"
     other.write_text("other text " * 1000)
     run = str(tmp_path / "run")

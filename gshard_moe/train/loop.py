@@ -23,6 +23,9 @@ from gshard_moe.train.run import Run, RunError
 from gshard_moe.train.state import Model, TrainState, abstract_state, init_state
 from gshard_moe.train.step import StepMetrics, eval_sums, jit_train_step
 
+# The tokens are bytes.
+_BYTES = 256
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -78,7 +81,7 @@ def train(run: Run, layout: Layout, corpus: Corpus, options: Options, *, resume:
       options: how often things happen.
       resume: goes on from the newest whole checkpoint, if there is one.
     Raises:
-      RunError: if the loss is not finite.
+      RunError: if the vocabulary does not hold every byte, or the loss is not finite.
       CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
     """
     return _Loop(run, layout, corpus, options).run(resume=resume)
@@ -88,6 +91,11 @@ class _Loop:
     """One training, while it runs."""
 
     def __init__(self, run: Run, layout: Layout, corpus: Corpus, options: Options):
+        if run.model.vocab_size < _BYTES:
+            raise RunError(
+                "vocab_size: must hold every byte of the text; "
+                f"got vocab_size={run.model.vocab_size}, bytes={_BYTES}"
+            )
         self.spec = run
         self.options = options
         self.corpus = corpus
