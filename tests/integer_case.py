@@ -101,15 +101,15 @@ def make(config: MoEConfig, *, batch: int = 8, length: int = 8, seed: int = 0) -
     )
 
 
-def place(case: Case, layout: Layout) -> Case:
-    """Puts a case on the layout's mesh; every process gives its own part."""
+def place(tree, layout: Layout, roles=ROLES):
+    """Puts numpy arrays (a case) on the layout's mesh; every process gives its own part."""
 
     def put(array: np.ndarray, role: str) -> jax.Array:
         whole = jax.sharding.NamedSharding(layout.mesh(), jax.sharding.PartitionSpec())
         sharding = layout.sharding(role) if role else whole
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(put, case, ROLES)
+    return jax.tree.map(put, tree, roles)
 
 
 def run(case: Case, config: MoEConfig, layout: Layout | None) -> Result:

@@ -178,14 +178,31 @@ def test_linen_parameters_carry_the_specs_of_the_layout():
     assert specs == {name: layout.spec(role_of(name)) for name in NAMES}
 
 
-@pytest.mark.parametrize("unbox", [False, True])
-def test_linen_in_a_mesh_that_is_set(unbox):
-    """Boxed or not: Linen would constrain a boxed parameter to the axes of the mesh."""
+def test_linen_in_a_mesh_that_is_set():
     layout = cases.layout("expert_data")
     x, _ = batch()
     model = gshard_moe.linen.MoE(CONFIG, layout)
     want, _ = jax.jit(model.init_with_output)(jax.random.key(0), x)
     with jax.set_mesh(layout.mesh()):
         params = jax.jit(model.init)(jax.random.key(0), x)
-        got = jax.jit(model.apply)(nn.unbox(params) if unbox else params, x)
-    np.testing.assert_array_equal(got.y_BLM, want.y_BLM)
+        for form in (params, nn.unbox(params)):
+            np.testing.assert_array_equal(jax.jit(model.apply)(form, x).y_BLM, want.y_BLM)
+
+
+def test_linen_boxes_do_not_mind_manual_axes():
+    """Linen itself would constrain a boxed parameter to its axes, which `shard_map` has taken."""
+    layout = cases.layout("expert_data")
+    x, _ = batch()
+    model = gshard_moe.linen.MoE(CONFIG, layout)
+    params = jax.jit(model.init)(jax.random.key(0), x)
+    tokens, whole = layout.spec("tokens"), jax.P()
+    run = jax.shard_map(
+        lambda params, x: model.apply(params, x).y_BLM,
+        mesh=layout.mesh(),
+        in_specs=(whole, tokens),
+        out_specs=tokens,
+    )
+    with jax.set_mesh(layout.mesh()):
+        got = jax.jit(run)(params, x)
+        want = jax.jit(model.apply)(params, x).y_BLM
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)

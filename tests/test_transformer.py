@@ -362,8 +362,8 @@ def unsharded(name: str):
     return config, params, loss_and_gradients(config, params)
 
 
-# Every model card and every sharding card; learned and rotary positions, biases, tied embeddings and
-# qk-norm each with weights that are split by fsdp or model and with weights that are whole.
+# Every model card and every sharding card; learned and rotary positions, biases, tied embeddings
+# and qk-norm each with weights that are split by fsdp or model and with weights that are whole.
 PAIRS = (
     ("tiny", "expert_data"),
     ("gpt2_moe", "expert_model"),

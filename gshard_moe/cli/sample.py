@@ -64,9 +64,10 @@ def sample(
     )
     if num_samples == 1:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        print(prompt, end="", flush=True)
+        before = prompt  # printed with the first byte: a refusal comes before it
         for row_B in text:
-            print(decoder.decode(bytes(row_B)), end="", flush=True)
+            print(before + decoder.decode(bytes(row_B)), end="", flush=True)
+            before = ""
         print(decoder.decode(b"", final=True))
         return 0
     rows = list(text)

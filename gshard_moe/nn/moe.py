@@ -174,6 +174,8 @@ def _check_shapes(
     config: configs.MoEConfig,
     forced: routing.Routing | None,
 ) -> None:
+    if x_BLM.ndim != 3:
+        raise ValueError(f"x_BLM: must have the dims [B, L, M]; got shape={list(x_BLM.shape)}")
     batch, length, width = x_BLM.shape
     faults = []
     if width != config.model_dim:
