@@ -200,6 +200,8 @@ def test_refusals(whole, tmp_path, capfd):
     refused("train", "--resume", "--run", run, "--devices", "9", message=r"got 9, devices=8")
     refused("sample", "--run", run, "--sharding", "data", message=r"--num-samples 8")
     refused("sample", "--run", run, "--tokens", "100", message=r"max_positions=64")
+    refused("sample", "--run", run, "--seed", "4294967296", message="seed: must be from 0")
+    refused(*args, "--run", str(tmp_path / "s"), "--seed", "4294967296", message="seed: must be")
     refused("sample", "--run", str(tmp_path / "no"), message="must hold a run")
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts)[:20])

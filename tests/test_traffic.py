@@ -69,13 +69,27 @@ def small(name: str) -> config.ModelConfig:
     )
 
 
-@pytest.mark.parametrize("card", ["data", "expert", "expert_data", "expert_model"])
-def test_collectives_are_those_of_the_compiled_step(card):
+# A card, what a block recomputes, and what the optimiser keeps elsewhere.
+COMPILED = (
+    ("data", "none", {}),
+    ("expert", "none", {}),
+    ("expert_data", "none", {}),
+    ("expert_model", "none", {}),
+    ("expert_model", "full", {}),
+    ("fsdp", "none", {}),
+    ("expert_fsdp", "none", {}),
+    ("data", "none", {"dense_in": "M/data F", "dense_out": "F M/data", "embed": "V/data M"}),
+)
+
+
+@pytest.mark.parametrize(("card", "remat", "optimizer"), COMPILED)
+def test_collectives_are_those_of_the_compiled_step(card, remat, optimizer):
     model = small("tiny")
     layout = Layout.load(card)
     # Unrolled, so that each collective stands in the text as often as it runs.
-    compute = dataclasses.replace(layout.config.compute, layers="unroll")
-    sharding = dataclasses.replace(layout.config, compute=compute)
+    compute = dataclasses.replace(layout.config.compute, layers="unroll", remat=remat)
+    placed = dataclasses.replace(layout.config.layout, optimizer=optimizer)
+    sharding = dataclasses.replace(layout.config, compute=compute, layout=placed)
     layout = Layout(sharding, mesh=layout.mesh())
     trained = state.Model(model, layout)
     tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32, sharding=layout.sharding("token_ids"))
@@ -88,7 +102,12 @@ def test_collectives_are_those_of_the_compiled_step(card):
         counts[collective.kind] += collective.count
     assert counts["all-to-all"] == compiled["all-to-all"][0]
     assert said["all-to-all"] == compiled["all-to-all"][1]
-    assert said["all-gather"] == compiled["all-gather"][1]
+    if layout.config.layout.gather:
+        # The CPU's compiler drops the barrier that keeps the backward's gathers apart from the
+        # forward's, and merges most of them.
+        assert said["all-gather"] / 2 <= compiled["all-gather"][1] <= said["all-gather"]
+    else:
+        assert said["all-gather"] == compiled["all-gather"][1]
     # CPU has no reduce-scatter: it reduces everywhere and drops the rest.
     reduced = said["all-reduce"] + 2 * said["reduce-scatter"]
     assert reduced <= compiled["all-reduce"][1] <= reduced * (1 + LEFT_OUT) + 100_000 * LEFT_OUT

@@ -92,7 +92,7 @@ def collectives(
     wire = layout.axes_of("slots_wire", "M")
     tokens = [axis for axis in wire if axis not in layout.axes_of("groups", "M")]
     held = itemsize * math.prod(layout.shape_per_device("groups", shape_GSM))
-    back += traffic.one(layout, "all-gather", tokens, held, "groups")
+    whole = traffic.one(layout, "all-gather", tokens, held, "groups")
     # The sum over a split hidden dim goes straight to the wire's layout.
     hidden = layout.axes_of("slots_hidden", "H")
     held = traffic.held_bytes(layout, "slots", shape_EGCM, itemsize)
@@ -102,7 +102,8 @@ def collectives(
     sums += traffic.one(
         layout, "all-reduce", [axis for axis in hidden if axis not in wire], held, "slots_wire"
     )
-    # The backward of each way is the other way, with the same bytes.
-    forward = out + back + sums
+    # The backward of each way is the other way, with the same bytes. What is recomputed stops at
+    # the expert outputs on the tokens' side, which the gradient of the gates needs.
+    forward = out + sums + back
     backward = out + back + traffic.times(sums, num_inputs)
-    return forward + backward + (forward if recomputed else [])
+    return forward + backward + traffic.times(whole, 2) + (forward if recomputed else [])

@@ -17,7 +17,7 @@ from gshard_moe import config
 LETTERS = {
     "B": "batch_size / accumulate",
     "L": "seq_len",
-    "G": "groups",
+    "G": "batch_size / accumulate * seq_len / group_size",
     "S": "group_size",
     "E": "num_experts",
     "C": "capacity",

@@ -88,7 +88,7 @@ def moe(
       LayoutError: if a dim does not divide by its mesh axes, or the mesh mixes axis types.
     Source: GShard, arXiv 2006.16668, algorithm 2.
     """
-    _check_shapes(weights, x_BLM, config, routing)
+    _check_shapes(weights, x_BLM, config, routing, mask_BL)
     run = functools.partial(_moe, config=config, layout=layout, train=train)
     mesh = _mesh_of(x_BLM, layout)
     if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:
@@ -173,11 +173,18 @@ def _check_shapes(
     x_BLM: jax.Array,
     config: configs.MoEConfig,
     forced: routing.Routing | None,
+    mask_BL: jax.Array | None,
 ) -> None:
     if x_BLM.ndim != 3:
         raise ValueError(f"x_BLM: must have the dims [B, L, M]; got shape={list(x_BLM.shape)}")
     batch, length, width = x_BLM.shape
     faults = []
+    if not batch * length:
+        faults.append(f"x_BLM: must hold at least one token; got B={batch}, L={length}")
+    if mask_BL is not None and mask_BL.shape != (batch, length):
+        faults.append(
+            f"mask_BL: must have the shape [B, L] = {[batch, length]}; got {list(mask_BL.shape)}"
+        )
     if width != config.model_dim:
         faults.append(f"x_BLM: M must be model_dim; got M={width}, model_dim={config.model_dim}")
     if batch * length % config.group_size:

@@ -96,6 +96,8 @@ class _Loop:
                 "vocab_size: must hold every byte of the text; "
                 f"got vocab_size={run.model.vocab_size}, bytes={_BYTES}"
             )
+        if not 0 <= run.seed < 2**32:  # JAX's keys hold no more
+            raise RunError(f"seed: must be from 0 to 2^32 - 1; got {run.seed}")
         self.spec = run
         self.options = options
         self.corpus = corpus

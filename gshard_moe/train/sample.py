@@ -50,7 +50,7 @@ def sample(
       SampleError: if a number is out of its range, or the text would be longer than the model's
         positions.
     """
-    _check(model, prompt, num_tokens, num_samples, temperature, top_p)
+    _check(model, prompt, num_tokens, num_samples, temperature, top_p, seed)
     ids = jnp.tile(jnp.asarray(bytearray(prompt), jnp.int32)[None], (num_samples, 1))
     init_cache = jax.jit(lambda p: model.merge(p).init_cache(num_samples, len(prompt) + num_tokens))
     step = jax.jit(functools.partial(_step, model=model), donate_argnums=2)
@@ -99,6 +99,7 @@ def _check(
     num_samples: int,
     temperature: float,
     top_p: float,
+    seed: int,
 ) -> None:
     faults = []
     if not prompt:
@@ -108,6 +109,8 @@ def _check(
             "tokens, num-samples: must be positive; "
             f"got tokens={num_tokens}, num-samples={num_samples}"
         )
+    if not 0 <= seed < 2**32:
+        faults.append(f"seed: must be from 0 to 2^32 - 1; got {seed}")
     limit = model.config.max_positions
     if len(prompt) + num_tokens > limit:
         faults.append(

@@ -12,6 +12,8 @@ from gshard_moe.layout.notation import ACTIVATIONS, PARAMETERS
 from gshard_moe.layout.traffic import Collective, held_bytes, one, times, total
 from gshard_moe.train import inventory
 
+# Used in float32, whatever the computation's dtype.
+_FLOAT32 = ("router", "head_norm", "vector")
 # The dim that a parameter's gradient sums over, and the activation that has it; others: the batch.
 _SUMMED_OVER = {
     "expert_in": ("slots", "G"),
@@ -32,15 +34,18 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
     sizes = letter_sizes(model)
     itemsize = 2 if model.train.dtype == "bfloat16" else 4
     passes = []
+    masters = []
     for _, role, shape in inventory.parameters(model):
-        passes += _parameter(layout, role, shape, itemsize)
+        passes += _parameter(layout, role, shape, 4 if role in _FLOAT32 else itemsize)
+        masters += _from_masters(layout, role, shape)
     if model.tied_embeddings:
         passes += _parameter(layout, "head", (model.model_dim, model.vocab_size), itemsize)
+    recomputed = layout.config.compute.remat not in ("none", "everything_saveable")
     for i in range(model.num_layers):
-        passes += _tensor_parallel(model, layout, sizes, itemsize, moe=model.is_moe_block(i))
-        if model.moe is not None and model.is_moe_block(i):
-            remat = layout.config.compute.remat
-            recomputed = remat not in ("none", "everything_saveable")
+        again = (recomputed, recomputed and _others_follow(model, i))
+        moe = model.is_moe_block(i)
+        passes += _tensor_parallel(model, layout, sizes, itemsize, moe=moe, again=again)
+        if model.moe is not None and moe:
             passes += exchange.spmd_collectives(
                 layout,
                 _shape("groups", sizes),
@@ -52,7 +57,7 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
     tokens = _held(layout, "tokens", sizes, itemsize)
     for role in ("embed", "head"):
         passes += one(layout, "all-reduce", layout.axes_of(role, "V", "used"), tokens, role)
-    return total(times(passes, model.train.accumulate))
+    return total(masters + times(passes, model.train.accumulate))
 
 
 def _parameter(
@@ -73,26 +78,57 @@ def _parameter(
     if role == "head_norm":
         over |= set(layout.axes_of("queries", "N"))
     over -= used
-    reductions = one(layout, "all-reduce", over - stored, held, role)
-    reductions += one(layout, "reduce-scatter", over & (stored - used), held, role)
+    # Scattered first, so that only the part that is kept is summed over the other axes.
+    part = held_bytes(layout, role, shape, itemsize)
+    reductions = one(layout, "reduce-scatter", over & (stored - used), held, role)
+    reductions += one(layout, "all-reduce", over - stored, part, role)
     return times(gathers + reductions, stacked)
 
 
+def _from_masters(layout: Layout, role: str, shape: tuple[int, ...]) -> list[Collective]:
+    """Returns the gather of a float32 master weight that the optimiser keeps split (ZeRO-1)."""
+    stored = {axis for dim in layout.dims(role) for axis in dim.axes}
+    kept = {axis for dim in layout.dims(role, "optimizer") for axis in dim.axes}
+    held = held_bytes(layout, role, shape, 4)
+    return one(layout, "all-gather", kept - stored, held, role)
+
+
 def _tensor_parallel(
-    model: configs.ModelConfig, layout: Layout, sizes: dict[str, int], itemsize: int, *, moe: bool
+    model: configs.ModelConfig,
+    layout: Layout,
+    sizes: dict[str, int],
+    itemsize: int,
+    *,
+    moe: bool,
+    again: tuple[bool, bool],
 ) -> list[Collective]:
-    """Returns the sums after a block's attention and dense FFN, and of their inputs' gradients."""
+    """Returns the sums after a block's attention and dense FFN, and of their inputs' gradients.
+
+    `again` says whether the backward needs the sum after attention once more, and that after the
+    dense FFN.
+    """
     tokens = _held(layout, "tokens", sizes, itemsize)
 
     def sums(role: str, letter: str, count: int) -> list[Collective]:
         axes = layout.axes_of(role, letter, "used")
         return times(one(layout, "all-reduce", axes, tokens, role), count)
 
-    found = sums("attention_out", "N", 1) + sums("query", "N", 1) + sums("key_value", "J", 2)
+    found = (
+        sums("attention_out", "N", 1 + again[0]) + sums("query", "N", 1) + sums("key_value", "J", 2)
+    )
     if not moe:
-        found += sums("dense_out", "F", 1)
+        found += sums("dense_out", "F", 1 + again[1])
         found += sums("dense_in", "F", 2 if model.activation == "swiglu" else 1)
     return found
+
+
+def _others_follow(model: configs.ModelConfig, index: int) -> bool:
+    """Whether blocks follow in the period that is recomputed with this one."""
+    size = 1 if model.moe is None else model.moe.every
+    first_dense = 0 if model.moe is None else model.moe.first_dense
+    start = index // size * size
+    whole = first_dense <= start and start + size <= model.num_layers
+    return whole and index + 1 < start + size
 
 
 def _held(layout: Layout, role: str, sizes: dict[str, int], itemsize: int) -> int:
