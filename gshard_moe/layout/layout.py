@@ -16,6 +16,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -374,8 +376,16 @@ def _auto_mesh(
     axes: tuple[str, ...],
     devices: tuple[jax.Device, ...],  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
-    """Makes an all-Auto mesh; JAX chooses the order of devices that suits the links."""
-    return jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+    """Makes an all-Auto mesh; JAX chooses the order of devices that suits the links.
+
+    `jax.make_mesh` would refuse an axis of 4 on a torus of 8 x 8 x 8. Where there is no order to
+    choose (two devices a chip, part of a slice), the devices are taken as they come.
+    """
+    try:
+        ordered = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError):
+        ordered = np.array(devices).reshape(sizes)
+    return Mesh(ordered, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
