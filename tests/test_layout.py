@@ -375,7 +375,8 @@ _MISFITS = [
     (
         _tiny(moe={"group_size": 1024}, train={"batch_size": 16}),
         {},
-        r"layout.groups: G must divide .*; got G=4 .*, fsdp=2, expert=4; use groups = 8, 16",
+        r"layout.groups: G must divide .*; got G=4 .*, fsdp=2, expert=4; "
+        r"use batch_size / accumulate \* seq_len / group_size = 8, 16",
     ),
     (_tiny(), {"batch_size": 4}, r"layout.tokens: B must divide .*; got B=4"),
     (
