@@ -126,11 +126,12 @@ def join(cluster: Cluster) -> None:
         ) from error
 
 
-def leave(error: BaseException, how_to_go_on: Callable[[], str]) -> NoReturn:
+def leave(error: BaseException, cluster: Cluster, how_to_go_on: Callable[[], str]) -> NoReturn:
     """Says why this process cannot go on, and leaves at once, without waiting for its peers."""
     who = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, jax.errors.JaxRuntimeError):
-        why = f"a peer is gone ({_first_line(error)})"
+        gone = _coordinator_gone(cluster) or "a peer is gone"
+        why = f"{gone} ({_first_line(error)})"
     else:
         why = str(error)
     print(f"gshard-moe: {who}: {why}; {how_to_go_on()}", file=sys.stderr, flush=True)
@@ -141,11 +142,19 @@ def _cause(status: int, cluster: Cluster) -> str:
     """Says what ended a worker that a signal ended."""
     name = signal.Signals(-status).name
     who = "the worker" if cluster.process_id is None else f"process {cluster.process_id}"
-    if cluster.process_id != 0 and cluster.coordinator and not _answers(cluster.coordinator):
-        return f"{who} was ended ({name}): the coordinator, {cluster.coordinator}, is gone"
+    gone = _coordinator_gone(cluster)
+    if gone is not None:
+        return f"{who} was ended ({name}): {gone}"
     if -status == signal.SIGABRT:
         return f"{who} was ended by the JAX runtime ({name}): a peer is gone, or cannot be reached"
     return f"{who} was ended by {name}"
+
+
+def _coordinator_gone(cluster: Cluster) -> str | None:
+    """Says that the coordinator is gone, if it is known, another process, and does not answer."""
+    if cluster.process_id == 0 or not cluster.coordinator or _answers(cluster.coordinator):
+        return None
+    return f"the coordinator, {cluster.coordinator}, is gone"
 
 
 def _answers(address: str) -> bool:

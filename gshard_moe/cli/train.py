@@ -134,7 +134,7 @@ def train(
     except Exception as error:
         if cluster is None:
             raise
-        hosts.leave(error, how_to_go_on)
+        hosts.leave(error, cluster, how_to_go_on)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
 
