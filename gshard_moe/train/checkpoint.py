@@ -1,22 +1,17 @@
 """Checkpoints that are whole or not there: Orbax writes the arrays, a manifest makes them count.
 
-    DIR/00000100/       the arrays, by Orbax: written beside, then renamed
-    DIR/00000100.json   the manifest: written last; a checkpoint without one does not exist
-
-Orbax finds missing files but not flipped bytes (seen: every flip in an array's data file came back
-as other numbers), so the manifest holds the SHA-256 of every file, and the shape and dtype of every
-array, to tell a foreign checkpoint from ours. Arrays are copied to the host before `save` returns;
-the rest is done in a thread: Orbax's write, the digests, the manifest, and only then the removal of
-the oldest. A crash at any moment leaves the checkpoints before it as they were.
+Arrays are copied to the host before `save` returns; the rest is done in a thread: Orbax's write,
+the digests, the manifest, and only then the removal of the oldest. A crash at any moment leaves the
+checkpoints before it as they were; `gshard_moe.train.manifest` says how the whole, the torn and the
+foreign are told apart. NaN and infinity are values like any other; random keys may be typed ones or
+their key data.
 """
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -26,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-_FORMAT = "gshard_moe checkpoint 1"
+from gshard_moe.train import manifest
 
 
 class CheckpointError(Exception):
@@ -53,7 +48,11 @@ class Checkpoints:
         Args:
           directory: of the checkpoints; made at the first save.
           keep: how many stay, the newest; None: the directory is only read.
+        Raises:
+          ValueError: if none is to stay.
         """
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep must be positive; got keep={keep}; use 1, or None to read only")
         self._directory = pathlib.Path(directory).absolute()
         self._keep = keep
         self._first = jax.process_index() == 0
@@ -61,7 +60,7 @@ class Checkpoints:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         if keep is not None and self._first:
-            _remove_unfinished(self._directory)
+            manifest.remove_unfinished(self._directory)
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
@@ -86,16 +85,28 @@ class Checkpoints:
         Args:
           step: not yet saved.
           state: a tree of arrays, sharded or not.
-          extra: kept in the manifest, as JSON.
+          extra: kept in the manifest, as JSON; as it is now.
         Raises:
           CheckpointError: if the save before this one failed, or this one at once.
         """
         self.wait()
-        facts = {"format": _FORMAT, "step": step, "extra": extra, "arrays": _arrays(state)}
+        facts = {
+            "format": manifest.FORMAT,
+            "step": step,
+            "extra": extra,
+            "arrays": manifest.arrays(state),
+        }
+        facts = json.loads(json.dumps(facts))  # a copy: the caller may change `extra` meanwhile
+        path = self._path(step)
         try:
+            if path.exists() or manifest.manifest_path(path).exists():
+                raise FileExistsError("it already exists")
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._orbax.save(self._path(step), args=ocp.args.StandardSave(state))
+            if self._first:
+                manifest.mark_path(path).touch()
+            self._orbax.save(path, args=ocp.args.StandardSave(state))
         except Exception as error:
+            self._clear_away()
             raise self._failure(step, error) from error
         self._saving = step, self._thread.submit(self._finish, step, facts)
 
@@ -125,7 +136,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that are saved, the oldest first."""
-        return _steps(self._directory)
+        return manifest.steps(self._directory)
 
     def latest(self) -> int | None:
         """Returns the newest step that is saved."""
@@ -148,70 +159,90 @@ class Checkpoints:
           CheckpointError: if there are checkpoints, but none is whole and of this model.
         """
         reasons = []
-        steps = self._agreed(self.steps())
-        for step in reversed(steps):
-            facts, reason = self._examine(step, abstract_state)
+        names = self._agreed(manifest.names(self._directory))
+        for index in reversed(range(len(names))):
+            path = self._directory / names[index]
+            facts, reason = self._examine(path, abstract_state)
+            state = None
             if reason is None:
-                try:
-                    state = self._orbax.restore(
-                        self._path(step), args=ocp.args.StandardRestore(abstract_state)
-                    )
-                    self._set_aside([other for other in steps if other > step])
-                    return Restored(step, state, facts["extra"])
-                except Exception as error:
-                    reason = f"it cannot be read: {_first_line(error)}"
-            reasons.append(f"{self.name(step)}: {reason}")
-            older = any(other < step for other in steps)
+                state, reason = self._read(path, abstract_state)
+            if reason is None:
+                self._set_aside(names[index + 1 :])
+                return Restored(facts["step"], state, facts["extra"])
+            reasons.append(f"{_shown(path)}: {reason}")
             if self._first:
-                say(f"refused {reasons[-1]}{'; trying the one before' if older else ''}")
-        if not steps:
+                say(f"refused {reasons[-1]}{'; trying the one before' if index else ''}")
+        if not names:
             return None
         raise CheckpointError("no checkpoint can be used:\n" + "\n".join(reasons))
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def _read(self, path: pathlib.Path, abstract_state: Any) -> tuple[Any, str | None]:
+        """Returns the arrays, and why they cannot be used; every process gives the same verdict."""
+        state = reason = None
+        try:
+            state = self._orbax.restore(path, args=ocp.args.StandardRestore(abstract_state))
+        except Exception as error:
+            reason = f"it cannot be read: {_first_line(error)}"
+        if jax.process_count() > 1:
+            refused = multihost_utils.process_allgather(np.bool_(reason is not None))
+            if np.any(refused):
+                reason = reason or "another process cannot read it"
+        return state, reason
+
+    def _set_aside(self, names: list[str]) -> None:
         """Moves refused checkpoints to `refused/`, since their steps will be saved again."""
         if self._keep is None or not self._first:
             return
-        for step in steps:
-            aside = self._directory / "refused" / f"{step:08d}"
-            while aside.exists():
+        for name in names:
+            path = self._directory / name
+            aside = self._directory / "refused" / name
+            while aside.exists() or manifest.manifest_path(aside).exists():
                 aside = aside.with_name(aside.name + "_")
             aside.parent.mkdir(exist_ok=True)
-            self._path(step).with_suffix(".json").rename(aside.with_suffix(".json"))
-            if self._path(step).exists():
-                self._path(step).rename(aside)
+            for source, target in (
+                (manifest.manifest_path(path), manifest.manifest_path(aside)),
+                (path, aside),
+            ):
+                if source.exists():
+                    source.rename(target)
 
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / f"{step:08d}"
 
     def _finish(self, step: int, facts: dict[str, Any]) -> None:
         """Makes a written checkpoint count, and the oldest go; runs in the thread."""
-        self._orbax.wait_until_finished()
-        self._orbax.check_for_errors()
-        if not self._first:
-            return
-        path = self._path(step)
-        facts["files"] = {name: _digest(path / name) for name in _files(path)}
-        manifest = path.with_suffix(".json")
-        partial = path.with_suffix(".json.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(facts, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(manifest)
-        assert self._keep is not None
-        for old in self.steps()[: -self._keep]:
-            self._path(old).with_suffix(".json").unlink()
-            shutil.rmtree(self._path(old))
+        try:
+            self._orbax.wait_until_finished()
+            self._orbax.check_for_errors()
+            if self._first:
+                manifest.commit(self._path(step), facts)
+                assert self._keep is not None
+                for old in self.steps()[: -self._keep]:
+                    manifest.remove(self._path(old))
+        except Exception:
+            self._clear_away()
+            raise
 
-    def _examine(self, step: int, abstract_state: Any) -> tuple[dict[str, Any], str | None]:
+    def _clear_away(self) -> None:
+        """Gives back the space of a failed save; what cannot be removed goes at the next start."""
+        if self._first:
+            with contextlib.suppress(OSError):
+                manifest.remove_unfinished(self._directory)
+
+    def _examine(
+        self, path: pathlib.Path, abstract_state: Any
+    ) -> tuple[dict[str, Any], str | None]:
         """Returns a checkpoint's manifest, and why it cannot be used; None if it can."""
         facts: dict[str, Any] = {}
         reason = None
         if self._first:
             try:
-                facts = json.loads(self._path(step).with_suffix(".json").read_text("utf-8"))
-                reason = _reason_against(facts, step, self._path(step), _arrays(abstract_state))
+                facts = json.loads(manifest.manifest_path(path).read_text("utf-8"))
+                reason = manifest.reason_against(facts, path, manifest.arrays(abstract_state))
+            except FileNotFoundError:
+                reason = (
+                    f"it is not ours, or not whole: there is no {manifest.manifest_path(path).name}"
+                )
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"its manifest cannot be read: {_first_line(error)}"
         if jax.process_count() == 1:
@@ -219,9 +250,9 @@ class Checkpoints:
         facts, reason = _broadcast([facts, reason])
         return facts, reason
 
-    def _agreed(self, steps: list[int]) -> list[int]:
+    def _agreed(self, names: list[str]) -> list[str]:
         """Returns the first process' list, on all processes."""
-        return steps if jax.process_count() == 1 else _broadcast(steps)
+        return names if jax.process_count() == 1 else _broadcast(names)
 
     def _failure(self, step: int, error: BaseException) -> CheckpointError:
         latest = self.latest()
@@ -234,70 +265,14 @@ class Checkpoints:
 
 def newest(directory: pathlib.Path) -> str | None:
     """Returns the path of the newest checkpoint, for messages; None if there is none."""
-    steps = _steps(directory)
+    steps = manifest.steps(directory)
     return _shown(directory / f"{steps[-1]:08d}") if steps else None
-
-
-def _steps(directory: pathlib.Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdigit())
 
 
 def _shown(path: pathlib.Path) -> str:
     """Spells a path as a person would: from here, where that is shorter."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
-
-
-def _remove_unfinished(directory: pathlib.Path) -> None:
-    """Removes what has no manifest: saves that were killed, or removals."""
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        ours = path.name.split(".")[0].isdigit()
-        if ours and path.is_dir() and not path.with_suffix(".json").exists():
-            shutil.rmtree(path)
-        elif ours and path.name.endswith(".json.partial"):
-            path.unlink()
-
-
-def _reason_against(
-    facts: dict[str, Any], step: int, path: pathlib.Path, arrays: dict[str, list]
-) -> str | None:
-    """Says why a checkpoint is foreign or corrupt; None if it is neither."""
-    if facts["format"] != _FORMAT or facts["step"] != step:
-        return f"it is not ours; got format={facts['format']!r}, step={facts['step']}"
-    for name in sorted(arrays.keys() | facts["arrays"].keys()):
-        want, got = arrays.get(name), facts["arrays"].get(name)
-        if want != got:
-            return f"it is of another model: {name} must be {want}; got {got}"
-    there = set(_files(path))
-    for name, digest in facts["files"].items():
-        if name not in there:
-            return f"it is corrupt: {name} is missing"
-        if _digest(path / name) != digest:
-            return f"it is corrupt: {name} is not as it was written"
-    return None
-
-
-def _arrays(state: Any) -> dict[str, list]:
-    """Returns the shape and dtype of every array, by its path."""
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): [*leaf.shape, str(leaf.dtype)]
-        for path, leaf in leaves
-    }
-
-
-def _files(path: pathlib.Path) -> list[str]:
-    found = (file for file in path.rglob("*") if file.is_file())
-    return sorted(file.relative_to(path).as_posix() for file in found)
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _broadcast(value: Any) -> Any:

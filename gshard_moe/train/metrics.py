@@ -1,17 +1,30 @@
 """Metrics on disk: one JSON object a line, and TensorBoard.
 
-A line is on disk, as far as the process is concerned, when the call returns: a SIGKILL loses
-nothing but a line being written. JSON has no NaN or infinity: they are written as null.
+A line is in the file when the call returns: a SIGKILL loses nothing but a line being written, and
+a full disk not even the place of one. Floats are written as Python spells them, so they read back
+as the same bits. JSON has no NaN or infinity: they are written as null.
+
+TensorBoard's events are written in the calling thread, by tensorboardX' `EventsWriter`. Its
+`SummaryWriter` writes in a thread of its own, behind a queue of ten: on a full disk the thread
+dies, and the training then waits for room in the queue, for ever (seen in tensorboardX 2.6.5).
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import (  # protobuf makes them at import, unseen by pyright
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 _TRAIN = (
     "loss",
@@ -29,7 +42,7 @@ _TRAIN = (
 _EVAL = ("eval_loss", "eval_bpb")
 
 
-class MetricsError(Exception):
+class MetricsError(OSError):
     """Says which metrics file cannot be written or read, and why."""
 
 
@@ -57,16 +70,14 @@ class MetricsLog:
         self._enabled = enabled
         if not enabled:
             return
-        try:
+        with contextlib.ExitStack() as undo, self._writing():
             if resume_after is not None and self._path.exists():
                 self._cut(resume_after)
-            self._file = self._path.open("a" if resume_after is not None else "x", encoding="utf-8")
-            self._board = SummaryWriter(
-                str(pathlib.Path(directory) / "tensorboard"),
-                purge_step=None if resume_after is None else resume_after + 1,
-            )
-        except OSError as error:
-            raise self._failure(error) from error
+            # Without a buffer: a write that failed is not tried again behind our back.
+            mode = "xb" if resume_after is None else "ab"
+            self._file = undo.enter_context(self._path.open(mode, buffering=0))
+            self._board = _open_board(self._path.with_name("tensorboard"), resume_after)
+            undo.pop_all()
 
     def __enter__(self) -> "MetricsLog":
         """Returns itself."""
@@ -87,7 +98,7 @@ class MetricsLog:
         Raises:
           MetricsError: if it cannot be written.
         """
-        self._write(step, {name: values[name] for name in _TRAIN})
+        self._write(step, _TRAIN, values)
 
     def eval(self, step: int, **values: float | int) -> None:
         """Writes a line of an evaluation: eval_loss, eval_bpb.
@@ -95,41 +106,52 @@ class MetricsLog:
         Raises:
           MetricsError: if it cannot be written.
         """
-        self._write(step, {name: values[name] for name in _EVAL})
+        self._write(step, _EVAL, values)
 
     def close(self) -> None:
         """Closes the files."""
         if self._enabled:
             self._file.close()
-            self._board.close()
+            with contextlib.suppress(OSError):  # already reported by the write
+                self._board.close()
 
-    def _write(self, step: int, values: dict[str, float | int]) -> None:
+    def _write(self, step: int, names: tuple[str, ...], values: dict[str, float | int]) -> None:
+        assert values.keys() == set(names), f"must be {names}; got {tuple(values)}"
         if not self._enabled:
             return
-        line = {name: _number(value) for name, value in ({"step": step} | values).items()}
+        line = {"step": step} | {name: _number(values[name]) for name in names}
+        with self._writing():
+            self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+            for name in names:
+                scalar = summary.scalar(name, values[name])
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
+            self._board.flush()
+
+    def _append(self, line: bytes) -> None:
+        """Writes all of a line, or none of it."""
+        size = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-        except OSError as error:
-            raise self._failure(error) from error
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # else the next resume cuts the torn line
+                self._file.truncate(size)
+            raise
 
     def _cut(self, last: int) -> None:
         """Removes lines after a step, and a torn last line, in one move."""
         text = self._path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
+        *lines, _ = text.split(b"\n")
         kept = []
-        for number, line in enumerate(whole.splitlines(keepends=True), 1):
+        for number, line in enumerate(lines, 1):
             try:
-                step = json.loads(line)["step"]
+                if json.loads(line)["step"] <= last:
+                    kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError) as error:
                 raise MetricsError(
                     f"{self._path}, line {number}: must be one of our JSON objects; {error}; "
                     "remove the line, or move the file away"
                 ) from error
-            if step <= last:
-                kept.append(line)
         if b"".join(kept) == text:
             return
         partial = self._path.with_suffix(".jsonl.partial")
@@ -139,10 +161,31 @@ class MetricsLog:
             os.fsync(file.fileno())
         partial.replace(self._path)
 
-    def _failure(self, error: OSError) -> MetricsError:
-        return MetricsError(
-            f"{self._path}: must be writable; {error.strerror or error}; what is there is kept"
-        )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what the system says into a message of ours."""
+        try:
+            yield
+        except MetricsError:
+            raise
+        except OSError as error:
+            raise MetricsError(
+                f"{error.filename or self._path}: must be writable; {error.strerror or error}; "
+                "what is there is kept"
+            ) from error
+
+
+def _open_board(directory: pathlib.Path, resume_after: int | None) -> EventsWriter:
+    """Opens a new file of events; TensorBoard hides earlier files' events after `resume_after`."""
+    directory.mkdir(exist_ok=True)
+    # The name has the time in seconds, and a second run within one would overwrite the first.
+    board = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")
+    if resume_after is not None:  # as `SummaryWriter` does for its `purge_step`
+        first = resume_after + 1
+        begun = SessionLog(status=SessionLog.START)
+        board.write_event(Event(wall_time=time.time(), step=first, file_version="brain.Event:2"))
+        board.write_event(Event(wall_time=time.time(), step=first, session_log=begun))
+    return board
 
 
 def _number(value: Any) -> float | int | None:
