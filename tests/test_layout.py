@@ -368,17 +368,18 @@ _MISFITS = [
     (
         _tiny(train={"batch_size": 12}),
         {},
-        r"layout.tokens: B must divide .*; got B=12 \(models/x.toml\), fsdp=2, expert=4; use batch",
+        r"layout.token_ids: B must divide .*; got B=12 \(models/x.toml\), fsdp=2, expert=4; "
+        r"use batch_size / accumulate = 8, 16, .*; so too tokens, .*dense_hidden",
     ),
     # Accumulation: what a device sees at once is what must divide.
-    (_tiny(train={"batch_size": 16, "accumulate": 4}), {}, r"layout.tokens: B .*; got B=4 "),
+    (_tiny(train={"batch_size": 16, "accumulate": 4}), {}, r"layout.token_ids: B .*; got B=4 "),
     (
         _tiny(moe={"group_size": 1024}, train={"batch_size": 16}),
         {},
         r"layout.groups: G must divide .*; got G=4 .*, fsdp=2, expert=4; "
         r"use batch_size / accumulate \* seq_len / group_size = 8, 16",
     ),
-    (_tiny(), {"batch_size": 4}, r"layout.tokens: B must divide .*; got B=4"),
+    (_tiny(), {"batch_size": 4}, r"layout.token_ids: B must divide .*; got B=4"),
     (
         _tiny(),
         {"batch_size": 8, "seq_len": 100},
@@ -402,14 +403,19 @@ def test_a_model_that_does_not_fit(model: config.ModelConfig, batch: Any, messag
 
 
 def test_all_misfits_at_once_and_of_the_optimizer_too():
-    lay = _layout(_mesh(), optimizer={"router": "M E/expert", "positions": "W/expert M"})
+    lay = _layout(_mesh(), optimizer={"router": "M E/expert"})
     model = _tiny(moe={"num_experts": 6}, train={"batch_size": 12})
     with pytest.raises(LayoutError) as error:
         lay.check(model)
-    keys = {line.split(": ")[1] for line in str(error.value).splitlines()}
-    assert {"layout.expert_in", "layout.tokens", "layout.optimizer.router"} <= keys
-    # A layout of its own is told once, and not at all for what is laid out where it is stored.
-    assert "layout.optimizer.expert_in" not in keys
+    lines = str(error.value).splitlines()
+    # A mistake is said once, with every tensor that has it; what is laid out as stored, once.
+    assert [line.split(": ")[1] for line in lines] == [
+        "layout.expert_in",
+        "layout.token_ids",
+        "layout.groups",
+    ]
+    assert "optimizer.router" in lines[0] and "optimizer.expert_in" not in str(error.value)
+    assert "tokens" in lines[1].split("; so too ")[1].split(", ")
 
 
 def test_what_the_model_lacks_need_not_divide():

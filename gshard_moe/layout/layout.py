@@ -283,10 +283,15 @@ class Layout:
         for role in ours:
             if role in self._dims.optimizer:
                 laid_out.append((f"layout.optimizer.{role}", "optimizer", role))
+        alike: dict[str, list[str]] = {}  # one mistake is said once, with all its tensors
         for key, stage, role in laid_out:
             for dim in self.dims(role, stage):
                 if dim.letter in size_of:
-                    faults += _divides(key, dim, size_of[dim.letter], mesh, source)
+                    for fault in _divides(dim, size_of[dim.letter], mesh, source):
+                        alike.setdefault(fault, []).append(key)
+        for fault, (first, *others) in alike.items():
+            also = [key.removeprefix("layout.") for key in others]
+            faults.append(f"{first}: {fault}" + (f"; so too {', '.join(also)}" if also else ""))
         if faults:
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
 
@@ -300,7 +305,8 @@ class Layout:
             entry = spec[offset + index]
             axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
             named = notation.Dim(dim.letter, axes)
-            faults += _divides(f"layout.{role}", named, shape[offset + index], mesh, "")
+            for fault in _divides(named, shape[offset + index], mesh, ""):
+                faults.append(f"layout.{role}: {fault}")
         if faults:
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
 
@@ -405,9 +411,7 @@ def _used_backward(layout: Layout, role: str, _: None, dx: jax.Array) -> tuple[j
 _used.defvjp(_used_forward, _used_backward)
 
 
-def _divides(
-    key: str, dim: notation.Dim, size: int, mesh: Mapping[str, int], source: str
-) -> list[str]:
+def _divides(dim: notation.Dim, size: int, mesh: Mapping[str, int], source: str) -> list[str]:
     """Returns the fault of a dim whose mesh axes do not divide it, or nothing."""
     parts = math.prod(mesh[axis] for axis in dim.axes)
     if size % parts == 0:
@@ -416,7 +420,7 @@ def _divides(
     card = f" ({source})" if source else ""
     name = notation.LETTERS.get(dim.letter, dim.letter)
     return [
-        f"{key}: {dim.letter} must divide by its mesh axes; got {dim.letter}={size}{card}, {axes}; "
+        f"{dim.letter} must divide by its mesh axes; got {dim.letter}={size}{card}, {axes}; "
         f"use {name} = {parts}, {2 * parts}, ... or a smaller mesh"
     ]
 
