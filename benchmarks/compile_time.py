@@ -37,8 +37,7 @@ os.environ |= {
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import tyro  # noqa: E402
-from jax.experimental import mesh_utils, topologies  # noqa: E402
-from jax.sharding import AxisType, Mesh  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
 from gshard_moe import Layout, ModelConfig, load_model  # noqa: E402
 from gshard_moe.train.state import Model, abstract_state  # noqa: E402
@@ -111,12 +110,7 @@ def compile_step(config: ModelConfig, layout: Layout, num_devices: int) -> Compi
       layout: a card's, bound to no mesh.
       num_devices: of `TOPOLOGIES`.
     """
-    sizes = layout.config.mesh.resolve(num_devices)
-    # As `jax.make_mesh` orders them, but an axis may also be a part of a physical one.
-    devices = mesh_utils.create_device_mesh(
-        sizes, devices_of(num_devices), allow_split_physical_axes=True
-    )
-    mesh = Mesh(devices, layout.axes, axis_types=(AxisType.Auto,) * len(sizes))
+    mesh = layout.mesh(devices_of(num_devices))
     layout = layout.on(mesh)
     layout.check(config)
     model = Model(config, layout)

@@ -5,6 +5,7 @@ import functools
 import cases
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import oracle
 import pytest
@@ -314,6 +315,17 @@ def test_every_wrong_shape_is_refused_at_once():
         "x_BLM: M must be model_dim; got M=12, model_dim=16",
         "routing: choices must have the shape [G, S, K] = [4, 6, 2]; got [2, 12, 2]",
         "weights.router_ME: must have the shape [M, E] = [16, 8]; got [16, 4]",
+    ]
+
+
+def test_wrong_dtypes_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a user
+    layer = MoE(cases.moe_config(group_size=6), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError) as error:
+        layer(jnp.zeros(SHAPE_BLM, int), mask_BL=jnp.ones(SHAPE_BLM[:2]))
+    assert str(error.value).splitlines() == [
+        "x_BLM: must be of a float dtype; got int32; embed token ids first",
+        "mask_BL: must be of dtype bool; got float32; use mask_BL != 0",
     ]
 
 

@@ -1,7 +1,8 @@
 """Dispatch by index: each slot fetches its token, each token fetches its slots.
 
 No one-hot masks: memory and time are those of the tokens moved. Because `Slots` knows the
-assignment from both sides, the backward of a gather is again a gather, never a scatter.
+assignment from both sides, the backward of a gather is again a gather, never a scatter. That is a
+custom VJP, so forward-mode differentiation (`jax.jvp`) is refused by JAX; `einsum` has it.
 
 G groups, S tokens, E experts, C slots, K choices, M model width.
 """

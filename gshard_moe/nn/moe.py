@@ -179,12 +179,16 @@ def _check_shapes(
         raise ValueError(f"x_BLM: must have the dims [B, L, M]; got shape={list(x_BLM.shape)}")
     batch, length, width = x_BLM.shape
     faults = []
+    if not jnp.issubdtype(x_BLM.dtype, jnp.floating):
+        faults.append(f"x_BLM: must be of a float dtype; got {x_BLM.dtype}; embed token ids first")
     if not batch * length:
         faults.append(f"x_BLM: must hold at least one token; got B={batch}, L={length}")
     if mask_BL is not None and mask_BL.shape != (batch, length):
         faults.append(
             f"mask_BL: must have the shape [B, L] = {[batch, length]}; got {list(mask_BL.shape)}"
         )
+    if mask_BL is not None and mask_BL.dtype != jnp.bool_:
+        faults.append(f"mask_BL: must be of dtype bool; got {mask_BL.dtype}; use mask_BL != 0")
     if width != config.model_dim:
         faults.append(f"x_BLM: M must be model_dim; got M={width}, model_dim={config.model_dim}")
     if batch * length % config.group_size:
