@@ -1,0 +1,43 @@
+"""The frozen dataclasses that say what is computed and how it is run.
+
+They are the API; a card (`gshard_moe.cards`) is only their file form. A model card says *what* is
+computed (`ModelConfig`), a sharding card says *how* (`ShardingConfig`); whatever a sharding card
+says, the function computed is the same. Nothing here knows JAX.
+
+Each of them reports all its faults at once, as `ConfigError`, under the user's own names.
+"""
+
+from gshard_moe.config.checked import ConfigError, Unread, hints, key_shown, shown, spelled
+from gshard_moe.config.model import ModelConfig, TrainConfig
+from gshard_moe.config.moe import Activation, MoEConfig, Priority, Renormalize
+from gshard_moe.config.sharding import (
+    ComputeConfig,
+    Dispatch,
+    ExchangeConfig,
+    LayoutConfig,
+    MeshConfig,
+    Remat,
+    ShardingConfig,
+)
+
+__all__ = [
+    "Activation",
+    "ComputeConfig",
+    "ConfigError",
+    "Dispatch",
+    "ExchangeConfig",
+    "LayoutConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "MoEConfig",
+    "Priority",
+    "Remat",
+    "Renormalize",
+    "ShardingConfig",
+    "TrainConfig",
+    "Unread",
+    "hints",
+    "key_shown",
+    "shown",
+    "spelled",
+]

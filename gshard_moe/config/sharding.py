@@ -1,0 +1,156 @@
+"""How a model is laid out and run."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from gshard_moe.config.checked import Checked, ConfigError, Faults
+
+Dispatch = Literal["gather", "einsum"]
+Remat = Literal[
+    "none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(Checked):
+    """Names and sizes of the mesh axes, outermost first; one size may be -1: what is left."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def _check(self, faults: Faults) -> None:
+        faults.require("axes", ("axes",), lambda: len(self.axes) > 0, "must name an axis or more")
+        faults.require(
+            "shape",
+            ("axes", "shape"),
+            lambda: len(self.axes) == len(self.shape),
+            "must have one size for each axis",
+        )
+        faults.require(
+            "axes",
+            ("axes",),
+            lambda: all(re.fullmatch("[A-Za-z][A-Za-z0-9_]*", axis) for axis in self.axes),
+            "an axis must be a word of letters, digits and _, of ASCII",
+        )
+        faults.require(
+            "axes",
+            ("axes",),
+            lambda: len(set(self.axes)) == len(self.axes),
+            "an axis must be named once",
+        )
+        faults.require(
+            "shape",
+            ("shape",),
+            lambda: self.shape.count(-1) <= 1,
+            "at most one size may be -1 (what is left)",
+        )
+        faults.require(
+            "shape",
+            ("shape",),
+            lambda: all(size > 0 or size == -1 for size in self.shape),
+            "a size must be positive or -1",
+        )
+
+    def override(self, sizes: Mapping[str, int]) -> "MeshConfig":
+        """Returns this mesh with other sizes for some of its axes.
+
+        Raises:
+          ConfigError: if an axis is not of this mesh.
+        """
+        unknown = [
+            ("axes", f"an axis must be one of {list(self.axes)}; got {axis}={size}")
+            for axis, size in sizes.items()
+            if axis not in self.axes
+        ]
+        if unknown:
+            raise ConfigError(unknown)
+        pairs = zip(self.axes, self.shape, strict=True)
+        shape = tuple(sizes.get(axis, size) for axis, size in pairs)
+        return MeshConfig(axes=self.axes, shape=shape)
+
+    def resolve(self, num_devices: int) -> tuple[int, ...]:
+        """Returns the axis sizes on `num_devices` devices, with -1 filled in.
+
+        Raises:
+          ConfigError: if the mesh needs more devices than there are, or leaves some unused.
+        """
+        fixed = math.prod(size for size in self.shape if size != -1)
+        mesh = ", ".join(f"{a}={s}" for a, s in zip(self.axes, self.shape, strict=True))
+        needed = f"{fixed} device{'s' * (fixed != 1)}"
+        numbers = f"got {mesh} ({needed}), devices={num_devices}"
+        change = f"use --mesh to give other sizes, or {needed}"
+        if fixed > num_devices:
+            message = f"the mesh must not need more devices than there are; {numbers}; {change}"
+            raise ConfigError([("shape", message)])
+        if -1 in self.shape:
+            if num_devices % fixed:
+                message = f"the devices must divide by the fixed sizes; {numbers}; {change}"
+                raise ConfigError([("shape", message)])
+            return tuple(num_devices // fixed if size == -1 else size for size in self.shape)
+        if fixed < num_devices:
+            unused = num_devices - fixed
+            message = f"the mesh must not leave devices unused ({unused} are); {numbers}; {change}"
+            raise ConfigError([("shape", message)])
+        return self.shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig(Checked):
+    """How the computation is written, where several ways give the same function.
+
+    Attributes:
+      dispatch: `gather` (indices) or `einsum` (GShard's one-hot masks).
+      layers: `scan` (one compiled block) or `unroll` (each block its own, for overlap across).
+      unroll: blocks in one step of the scan.
+      remat: what a block's backward recomputes: `none` keeps everything, `full` recomputes the
+        block, the others are the policies of that name in `jax.checkpoint_policies`.
+    """
+
+    dispatch: Dispatch = "gather"
+    layers: Literal["scan", "unroll"] = "scan"
+    unroll: int = 1
+    remat: Remat = "none"
+
+    def _check(self, faults: Faults) -> None:
+        faults.positive("unroll")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutConfig(Checked):
+    """Where the dimensions of every tensor live, as text: `"E/expert G/data C M"`.
+
+    Attributes:
+      roles: the layout of every role of `gshard_moe.layout.ROLES`.
+      gather: axes dropped from a parameter's spec where it is used (stored sharded, used gathered).
+      optimizer: other layouts, by role, for the master weights and the moments (ZeRO-1).
+      user: a user's own tensors, by any name.
+    """
+
+    roles: Mapping[str, str]
+    gather: tuple[str, ...] = ()
+    optimizer: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    user: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExchangeConfig(Checked):
+    """How tokens meet experts.
+
+    Attributes:
+      tokens: `spmd`: annotations, from which XLA's partitioner makes the all-to-all (GShard).
+    """
+
+    tokens: Literal["spmd"] = "spmd"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingConfig(Checked):
+    """A sharding card: how a model is laid out and run."""
+
+    mesh: MeshConfig
+    layout: LayoutConfig
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    exchange: ExchangeConfig = dataclasses.field(default_factory=ExchangeConfig)
