@@ -26,7 +26,7 @@ help:
 demo: $(VENV)/.runtime
 	rm -rf $(RUN)
 	$(BIN)/gshard-moe train --model tiny --sharding expert_data --run $(RUN)
-	$(BIN)/gshard-moe sample --run $(RUN) --prompt 'def '
+	$(BIN)/gshard-moe sample --run $(RUN) --prompt 'def ' --temperature 0.5
 # -------------------------------------------------------------------------------------------------
 
 test: $(VENV)/.dev
