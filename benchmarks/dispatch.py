@@ -121,13 +121,14 @@ def layer(options: Options, dispatch: Literal["gather", "einsum"], groups: int) 
 def matmuls(options: Options) -> dict:
     """Returns the same for the experts' FFN on full slots."""
     weights, _, _ = arguments(options)
-    capacity = moe_config(options, 1).capacity(train=True)
+    config = moe_config(options, 1)
+    capacity = config.capacity(train=True)
     shape = (options.num_experts, 1, capacity, options.model_dim)
     xs_EGCM, dys_EGCM = jax.random.normal(jax.random.key(1), (2, *shape))
 
     def forward(experts: ffns.ExpertWeights, xs_EGCM: jax.Array) -> jax.Array:
         as_it_is = lambda role, x: x  # noqa: E731
-        return ffns.ffn(experts, xs_EGCM, "relu", constrain=as_it_is, use=as_it_is)
+        return ffns.ffn(experts, xs_EGCM, config, constrain=as_it_is, use=as_it_is)
 
     def backward(experts: ffns.ExpertWeights, xs_EGCM: jax.Array, dys_EGCM: jax.Array) -> tuple:
         out, pullback = jax.vjp(forward, experts, xs_EGCM)

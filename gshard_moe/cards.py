@@ -102,6 +102,8 @@ def parse_model(text: str, *, source: str) -> config.ModelConfig:
         written = [key for key in _INHERITED_BY_MOE if key in moe]
         message = "must not be written: it is the model's own; remove it"
         faults = [(f"moe.{key}", message) for key in written]
+        moe, more = _with_preset(moe)
+        faults += more
         table["moe"] = moe | {key: table.get(key) for key in _INHERITED_BY_MOE}
     try:
         model = _read_table(config.ModelConfig, table)
@@ -113,6 +115,18 @@ def parse_model(text: str, *, source: str) -> config.ModelConfig:
     if faults:
         raise _card_error(source, faults, model)
     return model
+
+
+def _with_preset(moe: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Fills in what `preset` says and the table does not; returns the faults of the name, too."""
+    if "preset" not in moe:
+        return moe, []
+    name = moe["preset"]
+    moe = {key: value for key, value in moe.items() if key != "preset"}
+    if not isinstance(name, str) or name not in config.PRESETS:
+        known = ", ".join(config.PRESETS)
+        return moe, [("moe.preset", f"must be one of {known}; got {config.shown(name)}")]
+    return config.PRESETS[name] | moe, []
 
 
 def parse_sharding(text: str, *, source: str) -> config.ShardingConfig:
@@ -224,7 +238,7 @@ def _value(hint: Any, value: Any) -> Any:
             return config.Unread(error.faults, partial=error.partial)
     if isinstance(value, list) and typing.get_origin(hint) is tuple:
         return tuple(value)
-    if type(value) is int and hint is float:
+    if type(value) is int and float in (hint, *typing.get_args(hint)):
         return float(value) if abs(value) < 2**1000 else math.inf
     return value
 

@@ -160,7 +160,7 @@ def test_a_single_constraint_would_not_do(card):
                 x_GSM,
                 slots,
                 experts,
-                activation=CONFIG.activation,
+                config=CONFIG,
                 dispatch="gather",
                 constrain=constrain,
                 use=layout.use,

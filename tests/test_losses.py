@@ -14,7 +14,17 @@ TOLERANCE = 1e-6
 
 def stats(tokens_G, chosen_GE, probability_GE, squared_lse_G=None, entropy_G=None) -> RouterStats:
     zero_G = [0.0] * len(tokens_G)
-    sums = (tokens_G, chosen_GE, probability_GE, squared_lse_G or zero_G, entropy_G or zero_G)
+    sums = RouterStats(
+        tokens_G=tokens_G,
+        chosen_GE=chosen_GE,
+        first_GE=chosen_GE,
+        probability_GE=probability_GE,
+        importance_GE=probability_GE,
+        soft_load_GE=probability_GE,
+        squared_lse_G=squared_lse_G or zero_G,
+        entropy_G=entropy_G or zero_G,
+        confidence_G=zero_G,
+    )
     return RouterStats(*(jnp.array(x, jnp.float32) for x in sums))
 
 

@@ -12,12 +12,20 @@ from hypothesis.extra import numpy as hnp
 
 from gshard_moe import losses, routing
 from gshard_moe.routing import Order
-from gshard_moe.routing.top_k import largest
+from gshard_moe.routing.select import best_experts, of_experts
 
 # A softmax in float32 of logits of order 1.
 TOLERANCE = 1e-5
 
 top_k = jax.jit(routing.top_k, static_argnums=1)
+
+
+def largest(score_GSE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """What `jax.lax.top_k` returns, in our parts."""
+    expert_GSK = best_experts(score_GSE, k)
+    return of_experts(score_GSE, expert_GSK), expert_GSK
+
+
 largest_jit = jax.jit(largest, static_argnums=1)
 
 

@@ -163,3 +163,62 @@ def test_evaluation_counts_only_what_the_mask_says():
     assert int(count) == int(mask.sum())
     changed = jnp.where(mask, targets, (targets + 1) % config.vocab_size)
     assert step.eval_sums(params, inputs, changed, mask, made)[0] == nats
+
+
+# ------------------------------------------------------------------ what no optimiser sees
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_selection_biases_move_against_the_load_of_the_step(accumulate: int):
+    """Three MoE blocks: one before the stack, and two in it."""
+    moe = cases.moe_config(
+        score="sigmoid", selection_bias=True, selection_bias_rate=0.125, every=2, first_dense=1
+    )
+    card = cases.model_config(moe, num_layers=6)
+    card = dataclasses.replace(
+        card, train=dataclasses.replace(card.train, accumulate=accumulate, batch_size=16)
+    )
+    made = state.Model(card, cases.layout("expert_fsdp"))
+    before = state.init_state(made, 0)
+    biases = jax.device_get(before.biases)
+    assert len(jax.tree.leaves(biases)) == len(jax.tree.leaves(made.bias_roles)) > 0
+    inputs_BL, targets_BL = batch(card)
+    micro = [(inputs_BL[i::accumulate], targets_BL[i::accumulate]) for i in range(accumulate)]
+    parts_of = jax.jit(lambda *m: step.loss_fn(before.params, made, *m, biases=before.biases)[1])
+    parts = [parts_of(*m) for m in micro]
+    chosen_LE = np.sum([part.chosen_LE for part in parts], axis=0)
+    after, _ = step.jit_train_step(made)(before, inputs_BL, targets_BL)
+    moved_LE = 0.125 * np.sign(chosen_LE.mean(axis=1, keepdims=True) - chosen_LE)
+    layers = [i for i in range(6) if card.is_moe_block(i)]
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(after.biases)[0]:
+        names = [entry.key for entry in path]
+        place = int(names[names[0] == "periods"].removeprefix("block_"))
+        rows = np.asarray(leaf) if names[0] == "periods" else np.asarray(leaf)[None]
+        first = made.merge(after.params, after.biases).stack.first if names[0] == "periods" else 0
+        for i, row in enumerate(rows):
+            found[first + place + 2 * i] = row
+    assert sorted(found) == layers
+    np.testing.assert_array_equal(np.stack([found[i] for i in layers]), moved_LE)
+    # AdamW has no moment of it.
+    count = len(jax.tree.leaves(made.roles))
+    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(after.opt_state)) == 2 * count
+
+
+def test_noise_is_drawn_anew_each_step_and_is_the_same_on_any_mesh():
+    moe = cases.moe_config(noise="input_jitter", noise_scale=0.5, expert_dropout=0.2)
+    card = cases.model_config(moe, num_layers=2)
+    results = []
+    for layout in (None, cases.layout("expert_data")):
+        made = state.Model(card, layout)
+        run, now, losses = step.jit_train_step(made), state.init_state(made, 0), []
+        for _ in range(3):
+            now, metrics = run(now, *batch(card))
+            losses.append(float(metrics.loss))
+        results.append(losses)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
+    made = state.Model(card, None)
+    start = state.init_state(made, 0)
+    again = jax.jit(lambda s: step.train_step(s, *batch(card), made)[1].loss)
+    same_weights = [float(again(start._replace(step=jnp.asarray(i)))) for i in (0, 1, 0)]
+    assert same_weights[0] == same_weights[2] != same_weights[1]

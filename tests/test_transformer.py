@@ -12,6 +12,7 @@ from flax import nnx
 
 from gshard_moe import ModelConfig, load_model
 from gshard_moe.nn import Attention, rotate
+from gshard_moe.nn.transformer import BlockInputs
 from gshard_moe.train import state, step
 
 # Between two orders of the same float32 sums, through a few blocks; of the largest number of each
@@ -99,7 +100,8 @@ def by_hand(config: ModelConfig, params: dict, token_ids_BL: jax.Array) -> jax.A
             one = jax.tree.map(lambda leaf, p=period: leaf[p], stacked)
             block = getattr(nnx.merge(graph, one), f"block_{place}")
         assert (block.moe is not None) == config.is_moe_block(i)
-        x_BLM, _, _ = block(x_BLM, position_L, None, None, "train")
+        inputs = BlockInputs(position_L, token_ids_BL, None, None, "train")
+        x_BLM, _, _ = block(x_BLM, None, inputs, i)
     return model.norm(x_BLM) @ model.head[...]
 
 

@@ -56,6 +56,7 @@ def sample(
         model,
         restored.state.params,
         prompt.encode(),
+        biases=restored.state.biases,
         num_tokens=tokens,
         num_samples=num_samples,
         temperature=temperature,

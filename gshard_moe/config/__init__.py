@@ -9,7 +9,8 @@ Each of them reports all its faults at once, as `ConfigError`, under the user's 
 
 from gshard_moe.config.checked import ConfigError, Unread, hints, key_shown, shown, spelled
 from gshard_moe.config.model import ModelConfig, TrainConfig
-from gshard_moe.config.moe import Activation, MoEConfig, Priority, Renormalize
+from gshard_moe.config.moe import Activation, MoEConfig, Priority, Renormalize, Score
+from gshard_moe.config.presets import PRESETS
 from gshard_moe.config.sharding import (
     ComputeConfig,
     Dispatch,
@@ -30,9 +31,11 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "MoEConfig",
+    "PRESETS",
     "Priority",
     "Remat",
     "Renormalize",
+    "Score",
     "ShardingConfig",
     "TrainConfig",
     "Unread",

@@ -125,8 +125,9 @@ def hints(cls: type) -> dict[str, Any]:
 
 def spelled(hint: Any) -> str:
     """Says in words what a value of this type must be."""
-    if isinstance(hint, types.UnionType):  # only `X | None`
-        return spelled(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in _UNIONS:
+        args = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+        return " | ".join(map(spelled, args))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " | ".join(json.dumps(arg) for arg in args)
@@ -152,6 +153,8 @@ def key_shown(key: object) -> str:
     return json.dumps(key, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+# `int | None` is of the one kind, `float | Literal["x"]` of the other.
+_UNIONS = (types.UnionType, typing.Union)
 # The largest size or count: shapes, steps and token ids are 32-bit integers on the devices.
 _MAX_INTEGER = 2**31 - 1
 
@@ -177,7 +180,7 @@ def _misfits(hint: Any, value: object) -> list[tuple[str, str]]:
 
 def _fits(hint: Any, value: object) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if origin in _UNIONS:
         return any(_fits(arg, value) for arg in args)
     if origin is Literal:
         return isinstance(value, str) and value in args

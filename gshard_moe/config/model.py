@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from gshard_moe.config.checked import Checked, Faults
-from gshard_moe.config.moe import Activation, MoEConfig
+from gshard_moe.config.moe import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class ModelConfig(Checked):
     head_dim: int
     dense_hidden_dim: int
     max_positions: int
-    activation: Activation
+    activation: Literal["relu", "gelu", "swiglu"]
     norm: Literal["rms", "layer"]
     norm_eps: float
     positions: Literal["rotary", "learned"]
@@ -128,7 +128,10 @@ class ModelConfig(Checked):
         faults.require(
             "moe.group_size",
             ("moe.group_size", "train.batch_size", "train.accumulate", "train.seq_len"),
-            lambda: self.train.microbatch_size * self.train.seq_len % moe.group_size == 0,
+            lambda: (
+                moe.is_dropless(train=True)
+                or self.train.microbatch_size * self.train.seq_len % moe.group_size == 0
+            ),
             "must divide the tokens of a forward pass, batch_size / accumulate * seq_len",
         )
         faults.require(

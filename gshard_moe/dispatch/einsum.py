@@ -6,7 +6,6 @@ with the square of the group size; it needs nothing but matrix multiplication.
 G groups, S tokens, E experts, C slots, K choices, M model width.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,8 +15,10 @@ from gshard_moe.dispatch.slots import Slots
 def mask(slots: Slots, weight_GSK: Float[Array, "G S K"]) -> Float[Array, "G S E C"]:
     """Returns the weight with which each token enters each slot; 0 where it does not."""
     num_experts, capacity = slots.token_GEC.shape[1:]
-    one_hot_GSKX = jax.nn.one_hot(slots.slot_GSK, num_experts * capacity, dtype=weight_GSK.dtype)
-    mask_GSX = (one_hot_GSKX * weight_GSK[..., None]).sum(axis=2)
+    slot_X = jnp.arange(num_experts * capacity)[None, None]
+    mask_GSX = jnp.zeros((*slots.slot_GSK.shape[:2], num_experts * capacity), weight_GSK.dtype)
+    for k in range(slots.slot_GSK.shape[-1]):  # of K masks at most one is kept at a time
+        mask_GSX += jnp.where(slots.slot_GSK[..., k, None] == slot_X, weight_GSK[..., k, None], 0)
     return mask_GSX.reshape(*mask_GSX.shape[:2], num_experts, capacity)
 
 

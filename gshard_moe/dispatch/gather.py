@@ -1,7 +1,8 @@
 """Dispatch by index: each slot fetches its token, each token fetches its slots.
 
 No one-hot masks: memory and time are those of the tokens moved. Because `Slots` knows the
-assignment from both sides, the backward of a gather is again a gather, never a scatter. That is a
+assignment from both sides, the backward of a gather is again a gather, never a scatter
+(but for expert choice, where a token may be in any number of slots). That is a
 custom VJP, so forward-mode differentiation (`jax.jvp`) is refused by JAX; `einsum` has it.
 
 G groups, S tokens, E experts, C slots, K choices, M model width.
@@ -59,15 +60,14 @@ def _fetch_tokens(x_GSM: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array) ->
 
 def _fetch_tokens_forward(
     x_GSM: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _take(x_GSM, token_GX), slot_GSK
+) -> tuple[jax.Array, tuple]:
+    return _take(x_GSM, token_GX), (token_GX, slot_GSK)
 
 
-def _fetch_tokens_backward(slot_GSK: jax.Array, dxs_GXM: jax.Array) -> tuple:
+def _fetch_tokens_backward(saved: tuple, dxs_GXM: jax.Array) -> tuple:
     # A token's gradient is the sum over the slots that it filled.
-    num_choices = slot_GSK.shape[-1]
-    dx_GSM = sum(_take(dxs_GXM, slot_GSK[..., k]).astype(jnp.float32) for k in range(num_choices))
-    return jnp.asarray(dx_GSM).astype(dxs_GXM.dtype), None, None
+    token_GX, slot_GSK = saved
+    return _sum_of_slots(dxs_GXM, None, token_GX, slot_GSK), None, None
 
 
 _fetch_tokens.defvjp(_fetch_tokens_forward, _fetch_tokens_backward)
@@ -77,12 +77,7 @@ _fetch_tokens.defvjp(_fetch_tokens_forward, _fetch_tokens_backward)
 def _fetch_slots(
     ys_GXM: jax.Array, gate_GSK: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array
 ) -> jax.Array:
-    gate_GSK = gate_GSK.astype(ys_GXM.dtype).astype(jnp.float32)
-    y_GSM = sum(
-        gate_GSK[..., k, None] * _take(ys_GXM, slot_GSK[..., k]).astype(jnp.float32)
-        for k in range(slot_GSK.shape[-1])
-    )
-    return jnp.asarray(y_GSM).astype(ys_GXM.dtype)
+    return _sum_of_slots(ys_GXM, gate_GSK, token_GX, slot_GSK)
 
 
 def _fetch_slots_forward(
@@ -95,20 +90,52 @@ def _fetch_slots_forward(
 def _fetch_slots_backward(saved: tuple, dy_GSM: jax.Array) -> tuple:
     ys_GXM, gate_GSK, token_GX, slot_GSK = saved
     # A slot's gradient is its token's, times the gate of the one choice that filled it.
+    dy_GXM = _take(dy_GSM, token_GX)
+    gate_GX = _gate_of_slot(gate_GSK, token_GX, slot_GSK).astype(ys_GXM.dtype)
+    dys_GXM = gate_GX[..., None] * dy_GXM
+    dgate_GX = (ys_GXM.astype(jnp.float32) * dy_GXM.astype(jnp.float32)).sum(axis=-1)
+    num_groups = gate_GSK.shape[0]
+    dgate_GSK = _take(dgate_GX[..., None], slot_GSK.reshape(num_groups, -1))
+    dgate_GSK = dgate_GSK.reshape(gate_GSK.shape).astype(gate_GSK.dtype)
+    return dys_GXM.astype(ys_GXM.dtype), dgate_GSK, None, None
+
+
+def _sum_of_slots(
+    rows_GXM: jax.Array, gate_GSK: jax.Array | None, token_GX: jax.Array, slot_GSK: jax.Array
+) -> jax.Array:
+    """Sums, for each token, its slots' rows, weighted by the gates; in float32."""
+    num_tokens, num_choices = slot_GSK.shape[1:]
+    if gate_GSK is not None:
+        gate_GSK = gate_GSK.astype(rows_GXM.dtype).astype(jnp.float32)
+    if num_choices * num_tokens > 2 * token_GX.shape[-1]:
+        # Far more choices than slots (expert choice: one for each expert): slot by slot instead.
+        rows32_GXM = rows_GXM.astype(jnp.float32)
+        if gate_GSK is not None:
+            rows32_GXM *= _gate_of_slot(gate_GSK, token_GX, slot_GSK)[..., None]
+        return _add_to_tokens(rows32_GXM, token_GX, num_tokens).astype(rows_GXM.dtype)
+    y_GSM = jnp.zeros((*slot_GSK.shape[:2], rows_GXM.shape[-1]), jnp.float32)
+    for k in range(num_choices):
+        row_GSM = _take(rows_GXM, slot_GSK[..., k]).astype(jnp.float32)
+        y_GSM += row_GSM if gate_GSK is None else gate_GSK[..., k, None] * row_GSM
+    return y_GSM.astype(rows_GXM.dtype)
+
+
+def _add_to_tokens(rows_GXM: jax.Array, token_GX: jax.Array, num_tokens: int) -> jax.Array:
+    """Adds each slot's row to its token; empty slots go to a token that is cut off."""
+
+    def add(rows_XM: jax.Array, token_X: jax.Array) -> jax.Array:
+        y_SM = jnp.zeros((num_tokens + 1, rows_XM.shape[-1]), rows_XM.dtype)
+        return y_SM.at[token_X].add(rows_XM)[:num_tokens]
+
+    return jax.vmap(add)(rows_GXM, jnp.where(token_GX >= 0, token_GX, num_tokens))
+
+
+def _gate_of_slot(gate_GSK: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array) -> jax.Array:
+    """Returns the gate of the choice that filled each slot; 0 for an empty one."""
     slot_of_token_GXK = _take(slot_GSK, token_GX)
-    gate_of_token_GXK = _take(gate_GSK.astype(ys_GXM.dtype), token_GX)
     mine_GXK = slot_of_token_GXK == jnp.arange(token_GX.shape[-1])[None, :, None]
-    gate_GX = jnp.where(mine_GXK & (token_GX >= 0)[..., None], gate_of_token_GXK, 0).sum(axis=-1)
-    dys_GXM = gate_GX[..., None] * _take(dy_GSM, token_GX)
-    dy32_GSM = dy_GSM.astype(jnp.float32)
-    dgate_GSK = jnp.stack(
-        [
-            (_take(ys_GXM, slot_GSK[..., k]).astype(jnp.float32) * dy32_GSM).sum(axis=-1)
-            for k in range(slot_GSK.shape[-1])
-        ],
-        axis=-1,
-    )
-    return dys_GXM.astype(ys_GXM.dtype), dgate_GSK.astype(gate_GSK.dtype), None, None
+    mine_GXK &= (token_GX >= 0)[..., None]
+    return jnp.where(mine_GXK, _take(gate_GSK, token_GX), 0).sum(axis=-1)
 
 
 _fetch_slots.defvjp(_fetch_slots_forward, _fetch_slots_backward)

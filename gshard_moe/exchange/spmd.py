@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from gshard_moe import config, experts
+from gshard_moe import config as configs
+from gshard_moe import experts
 from gshard_moe.dispatch import Slots, einsum, gather
 from gshard_moe.experts import Constrain, ExpertWeights, Use
 from gshard_moe.layout import Layout, traffic
@@ -26,10 +27,11 @@ def exchange(
     slots: Slots,
     weights: ExpertWeights,
     *,
-    activation: config.Activation,
-    dispatch: config.Dispatch,
+    config: configs.MoEConfig,
+    dispatch: configs.Dispatch,
     constrain: Constrain,
     use: Use,
+    dropout_key_G: Key[Array, " G"] | None = None,
 ) -> Float[Array, "G S M"]:
     """Takes tokens to their experts and back.
 
@@ -37,10 +39,11 @@ def exchange(
       x_GSM: the tokens.
       slots: who goes where.
       weights: of all experts, as stored.
-      activation: of the experts.
+      config: of the experts.
       dispatch: `gather` or `einsum`.
       constrain: lays out a tensor by its role.
       use: lays out a weight for its use.
+      dropout_key_G: a key for each group, where hidden units are dropped.
     Returns:
       The weighted sum of each token's served experts.
     Source: GShard, arXiv 2006.16668, algorithm 2 and section 3.2.
@@ -59,7 +62,14 @@ def exchange(
         xs_EGCM = constrain("slots_wire", constrain("slots_source", xs_EGCM))
         xs_EGCM = constrain("slots", xs_EGCM)
     with jax.named_scope("expert"):
-        ys_EGCM = experts.ffn(weights, xs_EGCM, activation, constrain=constrain, use=use)
+        ys_EGCM = experts.ffn(
+            weights,
+            xs_EGCM,
+            config,
+            constrain=constrain,
+            use=use,
+            dropout_key_G=dropout_key_G,
+        )
     with jax.named_scope("exchange"):
         ys_EGCM = constrain("slots_source", constrain("slots_wire", ys_EGCM))
     with jax.named_scope("combine"):

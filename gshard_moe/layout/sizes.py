@@ -24,7 +24,7 @@ def letter_sizes(
     if not all(model.is_moe_block(i) for i in range(model.num_layers)):
         sizes["F"] = model.dense_hidden_dim
     if model.moe is not None:
-        moe = model.moe
+        moe = model.moe.grouped((sizes["B"], sizes["L"]), train=True)
         sizes |= {
             "G": sizes["B"] * sizes["L"] // moe.group_size,
             "S": moe.group_size,
@@ -33,6 +33,8 @@ def letter_sizes(
             "K": moe.top_k,
             "H": moe.hidden_dim,
         }
+        if moe.shared_hidden_dim:
+            sizes["U"] = moe.shared_hidden_dim
     return sizes
 
 
@@ -47,13 +49,13 @@ def parameters_of(model: config.ModelConfig) -> list[str]:
         "query_bias": model.bias,
         "key_value_bias": model.bias,
         "router": True in blocks,
-        "router_bias": False,
+        "router_bias": moe is not None and (moe.router_bias or moe.selection_bias),
         "expert_in": True in blocks,
         "expert_out": True in blocks,
         "expert_in_bias": moe is not None and moe.bias,
         "expert_out_bias": moe is not None and moe.bias,
-        "shared_in": False,
-        "shared_out": False,
+        "shared_in": moe is not None and moe.shared_hidden_dim > 0,
+        "shared_out": moe is not None and moe.shared_hidden_dim > 0,
         "dense_in": False in blocks,
         "dense_in_bias": False in blocks and model.bias,
         "dense_out": False in blocks,
@@ -73,9 +75,10 @@ def misfits(model: config.ModelConfig, sizes: Mapping[str, int], source: str) ->
             f"seq_len must be at most max_positions; {got}, max_positions={model.max_positions} "
             f"({source})"
         )
-    if model.moe is not None and batch * length % model.moe.group_size:
+    moe = None if model.moe is None else model.moe.grouped((batch, length), train=True)
+    if moe is not None and batch * length % moe.group_size:
         faults.append(
             f"group_size must divide the tokens of a forward pass; {got}, "
-            f"tokens={batch * length}, group_size={model.moe.group_size} ({source})"
+            f"tokens={batch * length}, group_size={moe.group_size} ({source})"
         )
     return faults

@@ -2,7 +2,8 @@
 
 from gshard_moe.nn.attention import Attention, Cache, rotate
 from gshard_moe.nn.dense import DenseFFN
-from gshard_moe.nn.moe import MoE, MoEMetrics, MoEOutput, MoEWeights, moe
+from gshard_moe.nn.moe import MoE, MoEMetrics, MoEOutput, SelectionBias, moe, route
+from gshard_moe.nn.moe_weights import MoEWeights, SharedWeights
 from gshard_moe.nn.norm import Norm
 from gshard_moe.nn.transformer import Block, Capacity, Transformer, TransformerOutput
 
@@ -17,8 +18,11 @@ __all__ = [
     "MoEOutput",
     "MoEWeights",
     "Norm",
+    "SelectionBias",
+    "SharedWeights",
     "Transformer",
     "TransformerOutput",
     "moe",
     "rotate",
+    "route",
 ]

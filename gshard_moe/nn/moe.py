@@ -4,6 +4,7 @@ B sequences, L tokens of each, M model width; G groups of S tokens, E experts, K
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,39 +12,56 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gshard_moe import config as configs
-from gshard_moe import dispatch, exchange, losses, routing
+from gshard_moe import dispatch, exchange, experts, losses, routing
 from gshard_moe import layout as layouts
-from gshard_moe.experts import ExpertWeights
 from gshard_moe.layout import Layout
-from gshard_moe.nn.parameter import constrain, matrix, optional, place
-
-
-class MoEWeights(NamedTuple):
-    """The weights of one MoE layer."""
-
-    router_ME: Float[Array, "M E"]
-    experts: ExpertWeights
+from gshard_moe.nn import moe_weights
+from gshard_moe.nn.moe_weights import MoEWeights, SharedWeights
+from gshard_moe.nn.parameter import constant, constrain, matrix, place
 
 
 class MoEMetrics(NamedTuple):
     """What one MoE layer did, float32; a Transformer stacks them on a leading MoE-layer dim.
 
     Attributes:
-      aux_loss: load-balance loss, unweighted; 1 at perfect balance.
+      aux_loss: load-balance loss, unweighted, at the config's scale; see `losses`.
       z_loss: router z-loss, unweighted.
+      importance_loss, load_loss: Shazeer's two, unweighted; 0 at balance.
       load_E: assignments kept by each expert.
-      dropped: share, in [0, 1], of the K choices of unmasked tokens that got no slot.
-      entropy: mean entropy of the router, nats.
+      chosen_E: assignments that were asked for, before any was dropped.
+      dropped: share, in [0, 1], of the K choices of unmasked tokens that got no slot. With
+        rerouting and expert choice: of the tokens.
+      dropped_K: the same for each of the K choices.
+      load_max_over_mean: the busiest expert's load over the mean load; 0 without any.
+      unused: experts without a token.
+      entropy: mean entropy of the router, nats; log E is undecided.
+      confidence: mean of each token's largest probability; 1 / E is undecided.
     """
 
     aux_loss: Float[Array, "..."]
     z_loss: Float[Array, "..."]
+    importance_loss: Float[Array, "..."]
+    load_loss: Float[Array, "..."]
     load_E: Float[Array, "... E"]
+    chosen_E: Float[Array, "... E"]
     dropped: Float[Array, "..."]
+    dropped_K: Float[Array, "... K"]
+    load_max_over_mean: Float[Array, "..."]
+    unused: Float[Array, "..."]
     entropy: Float[Array, "..."]
+    confidence: Float[Array, "..."]
+
+    def weighted_loss(self, config: configs.MoEConfig) -> Float[Array, ""]:
+        """Returns what is added to the training loss: the weighted losses, mean over layers."""
+        return (
+            config.aux_loss_weight * self.aux_loss.mean()
+            + config.z_loss_weight * self.z_loss.mean()
+            + config.importance_loss_weight * self.importance_loss.mean()
+            + config.load_loss_weight * self.load_loss.mean()
+        )
 
 
 class MoEOutput(NamedTuple):
@@ -60,16 +78,20 @@ def moe(
     *,
     layout: Layout | None = None,
     mask_BL: Bool[Array, "B L"] | None = None,
+    key: Key[Array, ""] | None = None,
     routing: routing.Routing | None = None,
+    token_ids_BL: Int[Array, "B L"] | None = None,
     train: bool = False,
 ) -> MoEOutput:
     """Sends each token through its experts.
 
     Tokens are routed in groups of `group_size` consecutive tokens, row by row of [B, L]. A choice
     that finds its expert full is dropped and adds nothing; the residual connection, which is the
-    caller's, still carries the token. Works in an Auto mesh, in an Explicit one (the body runs
-    under `auto_axes`, and the result has the layout of `tokens`), inside `shard_map` and without a
-    mesh.
+    caller's, still carries the token. Where nothing is dropped the groups change nothing, and
+    B * L may be anything: if it does not divide by the group size, each row is a group.
+
+    Works in an Auto mesh, in an Explicit one (the body runs under `auto_axes`, and the result has
+    the layout of `tokens`), inside `shard_map` and without a mesh.
 
     Args:
       weights: any float dtype; the experts compute in the dtype of `x_BLM`, the router in float32.
@@ -77,22 +99,29 @@ def moe(
       config: what is computed.
       layout: where it is computed; None leaves the layout to XLA.
       mask_BL: False for padding, which may hold anything, takes no slot and is in no statistics.
+      key: of this layer and step; needed in training by configs with noise, a random second expert
+        or dropout. Each group's randomness is its own, so it is the same on any mesh.
       routing: used instead of the router's own, for [B * L / S, S, K] choices; its own `keep_GSK`
-        says which are padding.
-      train: takes `capacity_factor`, else `eval_capacity_factor`.
+        says which are padding. `route` returns one, and `routing.replayed` makes one of given
+        experts.
+      token_ids_BL: of the router `hash`.
+      train: takes `capacity_factor`, and noise; else `eval_capacity_factor`.
     Returns:
       The output, in the dtype of `x_BLM`, and the metrics with both losses: add them, weighted, to
       the training loss.
     Raises:
-      ValueError: if B * L does not divide by the group size, or a shape is not the config's.
+      ValueError: if B * L does not divide by the group size, a shape or dtype is not the config's,
+        or randomness is asked for without a key.
       LayoutError: if a dim does not divide by its mesh axes, or the mesh mixes axis types.
     Source: GShard, arXiv 2006.16668, algorithm 2.
     """
+    config = config.grouped(x_BLM.shape[:2], train=train)
     _check_shapes(weights, x_BLM, config, routing, mask_BL)
+    _check_key(config, key, train=train)
     run = functools.partial(_moe, config=config, layout=layout, train=train)
     mesh = _mesh_of(x_BLM, layout)
     if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:
-        return run(weights, x_BLM, mask_BL, routing)
+        return run(weights, x_BLM, mask_BL, key, routing, token_ids_BL)
     spec = jax.typeof(x_BLM).sharding.spec if layout is None else layout.spec("tokens")
     tokens: Any = NamedSharding(mesh, layouts.free_spec(mesh, spec))
     whole: Any = NamedSharding(mesh, P())
@@ -100,7 +129,35 @@ def moe(
     explicit: Any = jax.sharding.auto_axes(
         run, axes=layouts.free_axes(mesh), out_sharding=out_sharding
     )
-    return explicit(weights, x_BLM, mask_BL, routing)
+    return explicit(weights, x_BLM, mask_BL, key, routing, token_ids_BL)
+
+
+def route(
+    weights: MoEWeights,
+    x_BLM: Float[Array, "B L M"],
+    config: configs.MoEConfig,
+    *,
+    layout: Layout | None = None,
+    mask_BL: Bool[Array, "B L"] | None = None,
+    key: Key[Array, ""] | None = None,
+    token_ids_BL: Int[Array, "B L"] | None = None,
+    train: bool = False,
+) -> routing.Routing:
+    """Returns the routing that `moe` would use; arguments as there.
+
+    To look at, to record, or to hand back to `moe`. Not for expert choice, where experts choose.
+    """
+    config = config.grouped(x_BLM.shape[:2], train=train)
+    _check_shapes(weights, x_BLM, config, None, mask_BL)
+    _check_key(config, key, train=train)
+    if config.router == "expert_choice":
+        raise ValueError(
+            "router: must be one where tokens choose; got router='expert_choice', which makes no "
+            "Routing; use dispatch.expert_choice"
+        )
+    groups = _groups(x_BLM, mask_BL, token_ids_BL, config, layout)
+    noise, _ = _keys(key if train else None, groups.x_GSM.shape[0])
+    return _route(weights, groups, config, layout, noise, x_BLM.shape)
 
 
 def _mesh_of(x_BLM: jax.Array, layout: Layout | None) -> AbstractMesh:
@@ -113,59 +170,223 @@ def _mesh_of(x_BLM: jax.Array, layout: Layout | None) -> AbstractMesh:
     return mesh.abstract_mesh
 
 
+class _Groups(NamedTuple):
+    """A layer's inputs, in groups."""
+
+    x_GSM: jax.Array
+    mask_GS: jax.Array | None
+    token_ids_GS: jax.Array | None
+
+
 def _moe(
     weights: MoEWeights,
     x_BLM: jax.Array,
     mask_BL: jax.Array | None,
+    key: jax.Array | None,
     forced: routing.Routing | None,
+    token_ids_BL: jax.Array | None,
     *,
     config: configs.MoEConfig,
     layout: Layout | None,
     train: bool,
 ) -> MoEOutput:
     lay = functools.partial(constrain, layout)
-    batch, length, width = x_BLM.shape
-    groups = (batch * length // config.group_size, config.group_size)
-    x_GSM = lay("groups", x_BLM.reshape(*groups, width))
-    mask_GS = None if mask_BL is None else mask_BL.reshape(groups)
-    if mask_GS is not None:  # padding may hold anything, and NaN * 0 is NaN
-        x_GSM = jnp.where(mask_GS[..., None], x_GSM, jnp.zeros((), x_GSM.dtype))
-    with jax.named_scope("router"):
-        chosen = forced
-        if chosen is None:
-            router_ME = place("router", weights.router_ME, layout)
-            logits_GSE = lay("router_logits", routing.router_logits(x_GSM, router_ME))
-            chosen = routing.top_k(logits_GSE, config, mask_GS=mask_GS)
-    with jax.named_scope("dispatch"):
-        slots = dispatch.assign(
-            chosen,
-            config.capacity(train=train),
-            num_experts=config.num_experts,
-            renormalize=config.renormalize,
-        )
+    groups = _groups(x_BLM, mask_BL, token_ids_BL, config, layout)
+    noise_key_G, dropout_key_G = _keys(key if train else None, groups.x_GSM.shape[0])
+    capacity = config.capacity(train=train)
+    if config.router == "expert_choice" and forced is None:
+        with jax.named_scope("router"):
+            chosen, slots = _expert_choice(
+                weights, groups, config, capacity, layout, noise_key_G, x_BLM.shape
+            )
+    else:
+        with jax.named_scope("router"):
+            chosen = forced
+            if chosen is None:
+                chosen = _route(weights, groups, config, layout, noise_key_G, x_BLM.shape)
+        with jax.named_scope("dispatch"):
+            slots = dispatch.assign(
+                chosen,
+                capacity,
+                num_experts=config.num_experts,
+                renormalize=config.renormalize,
+                gate_sum=config.routed_scaling,
+            )
     y_GSM = exchange.spmd(
-        x_GSM,
+        groups.x_GSM,
         slots,
         weights.experts,
-        activation=config.activation,
+        config=config,
         dispatch="gather" if layout is None else layout.config.compute.dispatch,
         constrain=lay,
         use=functools.partial(place, layout=layout),
+        dropout_key_G=dropout_key_G if config.expert_dropout else None,
     )
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))
-    return MoEOutput(y_BLM, _metrics(chosen, slots))
+    if weights.shared is not None:
+        with jax.named_scope("shared"):
+            y_BLM = lay("tokens", y_BLM + _shared(weights.shared, x_BLM, config, layout))
+    return MoEOutput(y_BLM, _metrics(chosen, slots, config, x_BLM.shape))
 
 
-def _metrics(chosen: routing.Routing, slots: dispatch.Slots) -> MoEMetrics:
-    load_E = dispatch.load(slots).sum(axis=0).astype(jnp.float32)
-    asked = chosen.keep_GSK.sum().astype(jnp.float32)
-    return MoEMetrics(
-        aux_loss=losses.load_balance_loss(chosen.stats),
-        z_loss=losses.z_loss(chosen.stats),
-        load_E=load_E,
-        dropped=(asked - load_E.sum()) / asked.clip(min=1.0),
-        entropy=losses.mean_entropy(chosen.stats),
+def _groups(
+    x_BLM: jax.Array,
+    mask_BL: jax.Array | None,
+    token_ids_BL: jax.Array | None,
+    config: configs.MoEConfig,
+    layout: Layout | None,
+) -> _Groups:
+    """Cuts the tokens into groups, and clears the padding."""
+    batch, length, width = x_BLM.shape
+    shape = (batch * length // config.group_size, config.group_size)
+    x_GSM = constrain(layout, "groups", x_BLM.reshape(*shape, width))
+    mask_GS = None if mask_BL is None else mask_BL.reshape(shape)
+    if mask_GS is not None:  # padding may hold anything, and NaN * 0 is NaN
+        x_GSM = jnp.where(mask_GS[..., None], x_GSM, jnp.zeros((), x_GSM.dtype))
+    return _Groups(x_GSM, mask_GS, None if token_ids_BL is None else token_ids_BL.reshape(shape))
+
+
+def _keys(key: jax.Array | None, num_groups: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns each group's keys for the router and for the experts' dropout."""
+    if key is None:
+        return None, None
+    noise_key, dropout_key = jax.random.split(key)
+    return routing.group_keys(noise_key, num_groups), routing.group_keys(dropout_key, num_groups)
+
+
+def _logits(
+    weights: MoEWeights,
+    groups: _Groups,
+    config: configs.MoEConfig,
+    layout: Layout | None,
+    key_G: jax.Array | None,
+) -> jax.Array:
+    """Returns the router's logits, of a jittered input where the config says so."""
+    x_GSM, bias_E = groups.x_GSM, weights.router_bias_E
+    if config.noise == "input_jitter" and key_G is not None:
+        x_GSM = routing.jittered(x_GSM, key_G, config.noise_scale)
+    router_ME = place("router", weights.router_ME, layout)
+    if bias_E is not None:
+        bias_E = place("router_bias", bias_E, layout)
+    return constrain(layout, "router_logits", routing.router_logits(x_GSM, router_ME, bias_E))
+
+
+def _route(
+    weights: MoEWeights,
+    groups: _Groups,
+    config: configs.MoEConfig,
+    layout: Layout | None,
+    key_G: jax.Array | None,
+    shape_BLM: tuple[int, ...],
+) -> routing.Routing:
+    bias_E = weights.selection_bias_E
+    return routing.route(
+        _logits(weights, groups, config, layout, key_G),
+        config,
+        key_G=key_G,
+        mask_GS=groups.mask_GS,
+        selection_bias_E=None if bias_E is None else place("router_bias", bias_E, layout),
+        token_ids_GS=groups.token_ids_GS,
+        run=_run(config, shape_BLM),
     )
+
+
+def _expert_choice(
+    weights: MoEWeights,
+    groups: _Groups,
+    config: configs.MoEConfig,
+    capacity: int,
+    layout: Layout | None,
+    key_G: jax.Array | None,
+    shape_BLM: tuple[int, ...],
+) -> tuple[routing.Routing, dispatch.Slots]:
+    """Returns what tokens would have chosen, for the statistics, and what experts chose."""
+    logits_GSE = _logits(weights, groups, config, layout, key_G)
+    if key_G is not None and config.noise.startswith("logits"):
+        logits_GSE = routing.noisy(logits_GSE, key_G, config)
+    wished = routing.top_k(logits_GSE, config, mask_GS=groups.mask_GS, run=_run(config, shape_BLM))
+    slots = dispatch.expert_choice(
+        routing.probabilities(logits_GSE, config),
+        capacity,
+        mask_GS=groups.mask_GS,
+        scale=config.routed_scaling,
+    )
+    return wished, slots
+
+
+def _shared(
+    weights: SharedWeights, x_BLM: jax.Array, config: configs.MoEConfig, layout: Layout | None
+) -> jax.Array:
+    """Runs every token through the shared experts, once, whatever the experts are split over."""
+    use = functools.partial(place, layout=layout)
+
+    def into(weight_MU: jax.Array) -> jax.Array:
+        h_BLU = experts.linear("blm,mu->blu", x_BLM, weight_MU, "shared_in", use)
+        return constrain(layout, "shared_hidden", h_BLU)
+
+    gate_BLU = None if weights.gate_MU is None else into(weights.gate_MU)
+    h_BLU = experts.activate(
+        config.activation, into(weights.in_MU), gate_BLU, limit=config.activation_limit
+    )
+    return experts.linear("blu,um->blm", h_BLU, weights.out_UM, "shared_out", use)
+
+
+def _run(config: configs.MoEConfig, shape_BLM: tuple[int, ...]) -> int:
+    """Returns the tokens of a run of the statistics: groups and sequences are whole runs."""
+    if config.aux_loss_scope == "sequence":
+        return math.gcd(config.group_size, shape_BLM[1])
+    return config.group_size
+
+
+def _metrics(
+    chosen: routing.Routing,
+    slots: dispatch.Slots,
+    config: configs.MoEConfig,
+    shape_BLM: tuple[int, ...],
+) -> MoEMetrics:
+    stats = chosen.stats
+    in_groups = losses.in_runs_of(stats, slots.slot_GSK.shape[0])
+    load_E = dispatch.load(slots).sum(axis=0).astype(jnp.float32)
+    served_GSK, asked_GSK = slots.slot_GSK >= 0, chosen.keep_GSK
+    if chosen.order is routing.Order.FALLBACK or config.router == "expert_choice":
+        served_GSK = served_GSK.any(axis=-1, keepdims=True)
+        asked_GSK = asked_GSK[..., :1]
+    asked_K = asked_GSK.sum(axis=(0, 1)).astype(jnp.float32)
+    dropped_K = (asked_GSK & ~served_GSK).sum(axis=(0, 1)).astype(jnp.float32)
+    return MoEMetrics(
+        aux_loss=losses.load_balance_loss(
+            stats,
+            scale=config.aux_loss_scale,
+            scope=config.aux_loss_scope,
+            num_sequences=shape_BLM[0],
+        ),
+        z_loss=losses.z_loss(stats),
+        importance_loss=losses.importance_loss(in_groups),
+        load_loss=losses.load_loss(in_groups),
+        load_E=load_E,
+        chosen_E=stats.chosen_GE.sum(axis=0),
+        dropped=dropped_K.sum() / asked_K.sum().clip(min=1.0),
+        dropped_K=dropped_K / asked_K.clip(min=1.0),
+        load_max_over_mean=load_E.max() / load_E.mean().clip(min=1e-9),
+        unused=(load_E == 0).sum().astype(jnp.float32),
+        entropy=losses.mean_entropy(stats),
+        confidence=losses.mean_confidence(stats),
+    )
+
+
+def _check_key(config: configs.MoEConfig, key: jax.Array | None, *, train: bool) -> None:
+    """Refuses randomness without a key: left out in silence, training would be another."""
+    reasons = {
+        f"noise={config.noise!r}": config.noise != "none",
+        f"router={config.router!r}": config.router.startswith("gshard"),
+        f"expert_dropout={config.expert_dropout}": config.expert_dropout > 0,
+    }
+    random = [reason for reason, holds in reasons.items() if holds]
+    if train and key is None and random:
+        raise ValueError(
+            f"key: must be given in training; got key=None, {', '.join(random)}; use "
+            "key=jax.random.key(...), another one for each layer and step"
+        )
 
 
 def _check_shapes(
@@ -199,8 +420,9 @@ def _check_shapes(
         )
     elif forced is not None:
         groups = batch * length // config.group_size
-        want = (groups, config.group_size, config.top_k)
-        if forced.expert_GSK.shape != want:
+        want = (groups, config.group_size, forced.expert_GSK.shape[-1])
+        if forced.expert_GSK.shape != (*want[:2], config.num_choices):
+            want = (*want[:2], config.num_choices)
             faults.append(
                 f"routing: choices must have the shape [G, S, K] = {list(want)}; "
                 f"got {list(forced.expert_GSK.shape)}"
@@ -213,6 +435,10 @@ def _check_shapes(
         )
     if faults:
         raise ValueError("\n".join(faults))
+
+
+class SelectionBias(nnx.Variable):
+    """DeepSeek's selection bias: part of the model's state, and of no optimiser's."""
 
 
 class MoE(nnx.Module):
@@ -239,37 +465,47 @@ class MoE(nnx.Module):
         """
         self.config = config
         self.layout = layout
-        E, M, H = config.num_experts, config.model_dim, config.hidden_dim
-        self.router = matrix(rngs, (M, E), "router", scale=config.router_init_scale)
-        expert = functools.partial(matrix, rngs, batch=(-3,), scale=config.expert_init_scale)
-        gated = config.activation == "swiglu"
-        self.expert_in = expert((E, M, H), "expert_in")
-        self.expert_gate = expert((E, M, H), "expert_in") if gated else None
-        self.expert_out = expert((E, H, M), "expert_out")
-        bias, gate_bias = config.bias, config.bias and gated
-        self.expert_in_bias = optional(0.0, (E, H), "expert_in_bias", present=bias)
-        self.expert_gate_bias = optional(0.0, (E, H), "expert_in_bias", present=gate_bias)
-        self.expert_out_bias = optional(0.0, (E, M), "expert_out_bias", present=bias)
+        specs = moe_weights.specs(config)
+        for name in moe_weights.NAMES:
+            spec = specs.get(name)
+            if spec is None:
+                param = None
+            elif not spec.trained:
+                param = SelectionBias(jnp.zeros(spec.shape), role=spec.role)
+            elif spec.scale is None:
+                param = constant(0.0, spec.shape, spec.role)
+            else:
+                param = matrix(rngs, spec.shape, spec.role, batch=spec.batch, scale=spec.scale)
+            setattr(self, name, param)
 
     @property
     def weights(self) -> MoEWeights:
         """The weights in the functional form's order."""
-        expert_weights = ExpertWeights(
-            in_EMH=self.expert_in[...],
-            out_EHM=self.expert_out[...],
-            gate_EMH=_value(self.expert_gate),
-            in_bias_EH=_value(self.expert_in_bias),
-            gate_bias_EH=_value(self.expert_gate_bias),
-            out_bias_EM=_value(self.expert_out_bias),
-        )
-        return MoEWeights(self.router[...], expert_weights)
+
+        def value(name: str) -> jax.Array | None:
+            param = getattr(self, name)
+            return None if param is None else param[...]
+
+        return moe_weights.collected(value)
+
+    def move_selection_bias(self, metrics: MoEMetrics) -> None:
+        """Moves the selection bias against the load, after a step; see `routing.moved_bias`.
+
+        Args:
+          metrics: of the step.
+        """
+        bias: SelectionBias = getattr(self, "selection_bias")  # noqa: B009
+        rate = self.config.selection_bias_rate
+        bias[...] = routing.moved_bias(bias[...], metrics.chosen_E, rate=rate)
 
     def __call__(
         self,
         x_BLM: Float[Array, "B L M"],
         *,
         mask_BL: Bool[Array, "B L"] | None = None,
+        key: Key[Array, ""] | None = None,
         routing: routing.Routing | None = None,
+        token_ids_BL: Int[Array, "B L"] | None = None,
         train: bool = False,
         config: configs.MoEConfig | None = None,
     ) -> MoEOutput:
@@ -278,7 +514,9 @@ class MoE(nnx.Module):
         Args:
           x_BLM: token vectors.
           mask_BL: False for padding.
+          key: of this step, where training is random.
           routing: used instead of the router's own.
+          token_ids_BL: of the router `hash`.
           train: takes `capacity_factor`, else `eval_capacity_factor`.
           config: instead of the module's own, for example `config.dropless(...)`.
         """
@@ -288,10 +526,8 @@ class MoE(nnx.Module):
             config or self.config,
             layout=self.layout,
             mask_BL=mask_BL,
+            key=key,
             routing=routing,
+            token_ids_BL=token_ids_BL,
             train=train,
         )
-
-
-def _value(param: nnx.Param | None) -> jax.Array | None:
-    return None if param is None else param[...]

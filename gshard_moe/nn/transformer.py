@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gshard_moe import config as configs
 from gshard_moe.layout import Layout
@@ -40,6 +40,16 @@ class TransformerOutput(NamedTuple):
     logits_BLV: Float[Array, "B L V"]
     metrics: MoEMetrics | None
     cache: Cache | None
+
+
+class BlockInputs(NamedTuple):
+    """What every block is given beside its tokens."""
+
+    position_L: jax.Array
+    token_ids_BL: jax.Array
+    mask_BL: jax.Array | None
+    key: jax.Array | None
+    capacity: Capacity
 
 
 class _Carried(NamedTuple):
@@ -70,14 +80,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BLM: Float[Array, "B L M"],
-        position_L: Int[Array, " L"],
-        mask_BL: Bool[Array, "B L"] | None,
         cache: Cache | None,
-        capacity: Capacity,
+        inputs: "BlockInputs",
+        index: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B L M"], MoEMetrics | None, Cache | None]:
         """Returns the tokens, the metrics if the block is MoE, and the cache if there is one."""
         with jax.named_scope("attention"):
-            mixed_BLM, cache = self.attention(self.attention_norm(x_BLM), position_L, cache)
+            mixed_BLM, cache = self.attention(self.attention_norm(x_BLM), inputs.position_L, cache)
             x_BLM = x_BLM + mixed_BLM
         normed_BLM = self.ffn_norm(x_BLM)
         if self.moe is None:
@@ -85,10 +94,15 @@ class Block(nnx.Module):
             with jax.named_scope("dense"):
                 return x_BLM + self.dense(normed_BLM), None, cache
         config = self.moe.config
-        if capacity == "dropless":
+        if inputs.capacity == "dropless":
             config = config.dropless(group_size=x_BLM.shape[1])
         y_BLM, metrics = self.moe(
-            normed_BLM, mask_BL=mask_BL, train=capacity == "train", config=config
+            normed_BLM,
+            mask_BL=inputs.mask_BL,
+            key=None if inputs.key is None else jax.random.fold_in(inputs.key, index),
+            token_ids_BL=inputs.token_ids_BL,
+            train=inputs.capacity == "train",
+            config=config,
         )
         return x_BLM + y_BLM, metrics, cache
 
@@ -127,7 +141,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.layout = layout
         self.compute = configs.ComputeConfig() if layout is None else layout.config.compute
-        self.stack = _stack(config)
+        self.stack = stack_of(config)
         V, M, W = config.vocab_size, config.model_dim, config.max_positions
         self.embed = matrix(rngs, (V, M), "embed", inputs=(-1,))
         learned = config.positions == "learned"
@@ -150,6 +164,7 @@ class Transformer(nnx.Module):
         token_ids_BL: Int[Array, "B L"],
         *,
         mask_BL: Bool[Array, "B L"] | None = None,
+        key: Key[Array, ""] | None = None,
         capacity: Capacity = "eval",
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
@@ -159,6 +174,8 @@ class Transformer(nnx.Module):
         Args:
           token_ids_BL: 0 to V-1.
           mask_BL: False for padding, which takes no expert's slot; it must come after the tokens.
+          key: of the step, needed in training where the experts' card is random; each block folds
+            its number in.
           capacity: of the experts: the card's for training or evaluation, or dropless, where every
             token gets its K experts and the result does not depend on the others.
           cache: of `init_cache`; the new tokens are written at `start`.
@@ -175,7 +192,8 @@ class Transformer(nnx.Module):
             if self.positions is not None:
                 positions_WM = used(self.positions, self.layout, dtype)
                 x_BLM = x_BLM + positions_WM[position_L][None]
-        x_BLM, metrics, cache = self._blocks(x_BLM, position_L, mask_BL, cache, capacity)
+        inputs = BlockInputs(position_L, token_ids_BL, mask_BL, key, capacity)
+        x_BLM, metrics, cache = self._blocks(x_BLM, inputs, cache)
         with jax.named_scope("head"):
             x_BLM = self.norm(x_BLM)
             if self.head is None:
@@ -194,10 +212,8 @@ class Transformer(nnx.Module):
     def _blocks(
         self,
         x_BLM: jax.Array,
-        position_L: jax.Array,
-        mask_BL: jax.Array | None,
+        inputs: BlockInputs,
         cache: Cache | None,
-        capacity: Capacity,
     ) -> tuple[jax.Array, MoEMetrics | None, Cache | None]:
         """Runs all blocks: those before the periods, the periods, those after."""
         first, count, size = self.stack.first, self.stack.periods, _period(self.config)
@@ -205,12 +221,12 @@ class Transformer(nnx.Module):
         remat = _remat(self.compute.remat)
         carried = []
 
-        def run(blocks: list[Block], x: jax.Array, kept: Cache | None) -> tuple:
-            """Runs consecutive blocks, with their caches stacked."""
+        def run(blocks: list[Block], x: jax.Array, kept: Cache | None, index: Any) -> tuple:
+            """Runs consecutive blocks, from block `index` on, with their caches stacked."""
             done = []
             for i, block in enumerate(blocks):
                 mine = jax.tree.map(lambda leaf, i=i: leaf[i], kept)
-                x, metrics, mine = block(x, position_L, mask_BL, mine, capacity)
+                x, metrics, mine = block(x, mine, inputs, index + i)
                 done.append(_Carried(metrics, mine))
             return x, _Carried(*(_stacked([d[i] for d in done]) for i in range(2)))
 
@@ -219,7 +235,7 @@ class Transformer(nnx.Module):
                 graph, state = nnx.split(getattr(self, f"block_{i}"))
                 kept = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], cache)
                 with jax.named_scope(f"layer_{i}"):
-                    x, out = remat(lambda x, s, k, g=graph: run([nnx.merge(g, s)], x, k))(
+                    x, out = remat(lambda x, s, k, g=graph, i=i: run([nnx.merge(g, s)], x, k, i))(
                         x, state, kept
                     )
                 carried.append(out)
@@ -230,12 +246,13 @@ class Transformer(nnx.Module):
             graph, state = nnx.split(self.periods)
 
             def body(x: jax.Array, xs: tuple) -> tuple:
-                return run(nnx.merge(graph, xs[0]).blocks, x, xs[1])
+                return run(nnx.merge(graph, xs[0]).blocks, x, *xs[1:])
 
             kept = jax.tree.map(
                 lambda leaf: leaf[first:end].reshape(count, size, *leaf.shape[1:]), cache
             )
-            x_BLM, out = self._repeat(remat(body), x_BLM, (state, kept))
+            index = first + size * jnp.arange(count)
+            x_BLM, out = self._repeat(remat(body), x_BLM, (state, kept, index))
             carried.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out))
         x_BLM = alone(range(end, self.config.num_layers), x_BLM)
         metrics, cache = (_joined([c[i] for c in carried]) for i in range(2))
@@ -257,7 +274,7 @@ class Transformer(nnx.Module):
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
-class _Stack(NamedTuple):
+class Stack(NamedTuple):
     """How blocks are stacked: `periods` whole ones from block `first` on, and `alone` the rest."""
 
     first: int
@@ -269,13 +286,14 @@ def _period(config: configs.ModelConfig) -> int:
     return 1 if config.moe is None else config.moe.every
 
 
-def _stack(config: configs.ModelConfig) -> _Stack:
+def stack_of(config: configs.ModelConfig) -> Stack:
+    """Returns how a model's blocks are stacked."""
     size = _period(config)
     first_dense = 0 if config.moe is None else config.moe.first_dense
     first = min(-(-first_dense // size) * size, config.num_layers)
     periods = (config.num_layers - first) // size
     alone = (*range(first), *range(first + periods * size, config.num_layers))
-    return _Stack(first, periods, alone)
+    return Stack(first, periods, alone)
 
 
 def _remat(name: configs.Remat) -> Callable[[Callable], Callable]:

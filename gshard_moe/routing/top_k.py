@@ -1,29 +1,16 @@
-"""Softmax top-k routing: Switch (K=1), GShard's top-2 without its randomness, Mixtral, Qwen.
+"""Top-k routing: Switch, Mixtral, Qwen, OLMoE, V-MoE, DeepSeek and gpt-oss by what the card says.
 
-G groups, S tokens, E experts, K choices, M model width.
+G groups, S tokens, E experts, K choices.
 """
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from gshard_moe import config
-from gshard_moe.losses import RouterStats
-from gshard_moe.routing.contract import Order, Routing
-
-
-def router_logits(
-    x_GSM: Float[Array, "G S M"], router_ME: Float[Array, "M E"]
-) -> Float[Array, "G S E"]:
-    """Returns the router's logits in float32, whatever the dtype of the tokens.
-
-    The precision is HIGHEST: the default multiplies in bfloat16 on TPU, which moves tokens between
-    experts.
-
-    Source: Switch Transformer, arXiv 2101.03961, section 2.4 (selective precision).
-    """
-    x_GSM, router_ME = x_GSM.astype(jnp.float32), router_ME.astype(jnp.float32)
-    return jnp.einsum("gsm,me->gse", x_GSM, router_ME, precision=jax.lax.Precision.HIGHEST)
+from gshard_moe.routing import logits as logits_
+from gshard_moe.routing.contract import Order, Routing, padding_masked
+from gshard_moe.routing.select import best_experts, in_best_groups, of_experts
+from gshard_moe.routing.stats import router_stats
 
 
 def top_k(
@@ -31,65 +18,97 @@ def top_k(
     moe: config.MoEConfig,
     *,
     mask_GS: Bool[Array, "G S"] | None = None,
+    selection_bias_E: Float[Array, " E"] | None = None,
+    clean_logits_GSE: Float[Array, "G S E"] | None = None,
+    run: int | None = None,
 ) -> Routing:
-    """Sends each token to the K experts of highest probability.
+    """Sends each token to the K experts of largest score.
 
     Args:
-      logits_GSE: float32.
-      moe: `top_k`, `renormalize` and `priority` are read; gates are scaled here only for
-        `before_drops`.
+      logits_GSE: float32, with the noise of training.
+      moe: read are `top_k`, `score`, `renormalize` (here only `before_drops`), `routed_scaling`,
+        `priority`, `reroute_rounds` and the groups of experts.
       mask_GS: False for padding, which is in no statistics and gets no slot.
+      selection_bias_E: added to the scores for the choice, never to the gates.
+      clean_logits_GSE: without the noise, where that differs; for V-MoE's losses.
+      run: tokens of a run of the statistics; default: the group.
     Returns:
-      The routing; equal probabilities are broken by the lowest expert.
-    Source: Switch Transformer, arXiv 2101.03961, section 2.1; GShard, 2006.16668, section 2.2.
+      The routing; equal scores go to the lowest expert.
+    Source: Switch Transformer, arXiv 2101.03961, section 2.1; Mixtral, 2401.04088, section 2.1;
+      DeepSeek-V3, 2412.19437, equations 12 to 16; V-MoE, 2106.05974, section 2.1.
     """
-    probability_GSE = jax.nn.softmax(logits_GSE, axis=-1)
-    gate_GSK, expert_GSK = largest(probability_GSE, moe.top_k)
-    if moe.renormalize == "before_drops":
-        gate_GSK = gate_GSK / gate_GSK.sum(axis=-1, keepdims=True)
-    if mask_GS is None:
-        mask_GS = jnp.ones(logits_GSE.shape[:2], dtype=bool)
-    keep_GSK = jnp.broadcast_to(mask_GS[..., None], expert_GSK.shape)
-    stats = router_stats(logits_GSE, probability_GSE, expert_GSK, mask_GS)
-    return Routing(expert_GSK, gate_GSK, keep_GSK, Order(moe.priority), stats)
-
-
-def largest(
-    score_GSE: Float[Array, "G S E"], top_k: int
-) -> tuple[Float[Array, "G S K"], Int[Array, "G S K"]]:
-    """Returns each token's K largest scores and their experts, best first, ties to the lowest.
-
-    `jax.lax.top_k` gives the same, but XLA's partitioner cannot split it: it would gather the
-    scores of all tokens on every device. This takes the maximum K times.
-    """
-    expert_E = jnp.arange(score_GSE.shape[-1])[None, None]
-    left_GSE = jax.lax.stop_gradient(score_GSE)
-    scores, experts = [], []
-    for _ in range(top_k):
-        best_GS1 = jnp.argmax(left_GSE, axis=-1, keepdims=True)
-        mine_GSE = expert_E == best_GS1
-        scores.append(jnp.where(mine_GSE, score_GSE, 0.0).sum(axis=-1))
-        experts.append(best_GS1[..., 0])
-        left_GSE = jnp.where(mine_GSE, -jnp.inf, left_GSE)
-    return jnp.stack(scores, axis=-1), jnp.stack(experts, axis=-1)
-
-
-def router_stats(
-    logits_GSE: Float[Array, "G S E"],
-    probability_GSE: Float[Array, "G S E"],
-    expert_GSK: jax.Array,
-    mask_GS: Bool[Array, "G S"],
-) -> RouterStats:
-    """Sums what the losses and metrics need, over the unmasked tokens of each group."""
-    weight_GS = mask_GS.astype(jnp.float32)
-    num_experts = logits_GSE.shape[-1]
-    chosen_GSE = jax.nn.one_hot(expert_GSK, num_experts, dtype=jnp.float32).sum(axis=2)
-    lse_GS = jax.nn.logsumexp(logits_GSE, axis=-1)
-    entropy_GS = lse_GS - (probability_GSE * logits_GSE).sum(axis=-1)
-    return RouterStats(
-        tokens_G=weight_GS.sum(axis=-1),
-        chosen_GE=(chosen_GSE * weight_GS[..., None]).sum(axis=1),
-        probability_GE=(probability_GSE * weight_GS[..., None]).sum(axis=1),
-        squared_lse_G=(lse_GS**2 * weight_GS).sum(axis=-1),
-        entropy_G=jax.lax.stop_gradient(entropy_GS * weight_GS).sum(axis=-1),
+    score_GSE = scores(logits_GSE, moe)
+    biased_GSE = score_GSE
+    if selection_bias_E is not None:
+        biased_GSE = score_GSE + jax.lax.stop_gradient(selection_bias_E)[None, None]
+    if moe.expert_groups > 1:
+        biased_GSE = in_best_groups(
+            biased_GSE,
+            num_groups=moe.expert_groups,
+            top_groups=moe.top_expert_groups,
+            group_score=moe.expert_group_score,
+        )
+    expert_GSK = best_experts(biased_GSE, moe.num_choices)
+    gate_GSK = gates(score_GSE, expert_GSK, moe)
+    order, importance_GS = Order(moe.priority), None
+    if moe.reroute_rounds:
+        order = Order.FALLBACK
+    if order is Order.IMPORTANCE:
+        importance_GS = jax.lax.stop_gradient(gate_GSK.max(axis=-1))
+    clean_GSE = soft_load_GSE = None
+    if clean_logits_GSE is not None:
+        clean_GSE = probabilities(clean_logits_GSE, moe)
+        soft_load_GSE = _chance_to_win(clean_logits_GSE, logits_GSE, expert_GSK, moe)
+    stats = router_stats(
+        logits_GSE,
+        probabilities(logits_GSE, moe),
+        expert_GSK[..., : moe.top_k],
+        mask_GS=mask_GS,
+        run=run,
+        clean_GSE=clean_GSE,
+        soft_load_GSE=soft_load_GSE,
     )
+    keep_GSK = padding_masked(expert_GSK, mask_GS)
+    return Routing(expert_GSK, gate_GSK, keep_GSK, order, stats, importance_GS)
+
+
+def gates(
+    score_GSE: Float[Array, "G S E"], expert_GSK: jax.Array, moe: config.MoEConfig
+) -> Float[Array, "G S K"]:
+    """Returns the weights of given choices, as the config says."""
+    gate_GSK = of_experts(score_GSE, expert_GSK)
+    if moe.score == "softmax_of_top_k":
+        gate_GSK = jax.nn.softmax(gate_GSK, axis=-1)
+    if moe.renormalize == "before_drops":
+        # Sigmoids may all be zero in float32; to any other sum this adds nothing.
+        gate_GSK = gate_GSK / (gate_GSK.sum(axis=-1, keepdims=True) + 1e-20)
+    return gate_GSK * moe.routed_scaling
+
+
+def scores(logits_GSE: Float[Array, "G S E"], moe: config.MoEConfig) -> Float[Array, "G S E"]:
+    """Returns what ranks the experts, and what their gates are made of."""
+    if moe.score == "softmax_of_top_k":
+        return logits_GSE
+    kind = jax.nn.sigmoid if moe.score == "sigmoid" else jax.nn.softmax
+    return kind(logits_GSE)
+
+
+def probabilities(
+    logits_GSE: Float[Array, "G S E"], moe: config.MoEConfig
+) -> Float[Array, "G S E"]:
+    """Returns what the losses are taken of; sums to 1 over the experts."""
+    if moe.score == "sigmoid":  # DeepSeek-V3, equation 19
+        score_GSE = jax.nn.sigmoid(logits_GSE)
+        return score_GSE / (score_GSE.sum(axis=-1, keepdims=True) + 1e-20)
+    return jax.nn.softmax(logits_GSE, axis=-1)
+
+
+def _chance_to_win(
+    clean_GSE: jax.Array, noisy_GSE: jax.Array, expert_GSK: jax.Array, moe: config.MoEConfig
+) -> jax.Array:
+    """Returns the probability that each expert is chosen if its noise is drawn again.
+
+    Source: V-MoE, arXiv 2106.05974, appendix A: P(clean + noise >= the K-th largest noisy logit).
+    """
+    least_GS1 = of_experts(noisy_GSE, expert_GSK[..., moe.top_k - 1 : moe.top_k])
+    return jax.scipy.stats.norm.cdf((clean_GSE - least_GS1) / logits_.noise_std(moe))

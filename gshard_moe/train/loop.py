@@ -7,7 +7,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -173,7 +172,7 @@ class _Loop:
                     self._look_at(*pending)
                     pending = None
                 if evaluate:  # also on a signal: a resumed run does not evaluate this step again
-                    eval_loss = self._evaluate(state.params, done)
+                    eval_loss = self._evaluate(state, done)
                 if save:
                     self.checkpoints.save(done, state, {"position": batch.position})
         self.checkpoints.wait()
@@ -183,7 +182,7 @@ class _Loop:
             )
             return Outcome(done, stopped)
         if eval_loss is None:  # resumed after the last step
-            eval_loss = self._held_out_loss(state.params)
+            eval_loss = self._held_out_loss(state)
         self._conclude(done, eval_loss)
         return Outcome(done, eval_loss=eval_loss)
 
@@ -211,19 +210,25 @@ class _Loop:
             self.metrics.train(step, **values)
             self.report.update(step, values)
 
-    def _evaluate(self, params: dict[str, Any], step: int) -> float:
-        loss = self._held_out_loss(params)
+    def _evaluate(self, state: TrainState, step: int) -> float:
+        loss = self._held_out_loss(state)
         self.metrics.eval(step, eval_loss=loss, eval_bpb=loss / math.log(2))
         self.report.say(f"step {step}: held out {loss / math.log(2):.4f} bits/byte")
         # The time of an evaluation is not the training's.
         self._logged_at = time.perf_counter(), step
         return loss
 
-    def _held_out_loss(self, params: dict[str, Any]) -> float:
+    def _held_out_loss(self, state: TrainState) -> float:
         """Returns the mean cross-entropy over every held-out byte but the first, in nats."""
         nats = count = 0.0
         for batch in self._held_out():
-            total, targets = self._eval(params, batch.inputs_BL, batch.targets_BL, batch.mask_BL)
+            total, targets = self._eval(
+                state.params,
+                batch.inputs_BL,
+                batch.targets_BL,
+                batch.mask_BL,
+                biases=state.biases,
+            )
             nats += float(total)
             count += float(targets)
         return nats / count

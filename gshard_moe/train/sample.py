@@ -25,6 +25,7 @@ def sample(
     params: dict[str, Any],
     prompt: bytes,
     *,
+    biases: dict[str, Any] | None = None,
     num_tokens: int,
     num_samples: int = 1,
     temperature: float = 1.0,
@@ -39,6 +40,7 @@ def sample(
       model: on the layout to sample under.
       params: its weights.
       prompt: at least one byte.
+      biases: its selection biases, where it has any.
       num_tokens: how many bytes to add.
       num_samples: B, which must divide by the mesh axes of the batch.
       temperature: 0 takes the likeliest byte.
@@ -52,12 +54,14 @@ def sample(
     """
     _check(model, prompt, num_tokens, num_samples, temperature, top_p, seed)
     ids = jnp.tile(jnp.asarray(bytearray(prompt), jnp.int32)[None], (num_samples, 1))
-    init_cache = jax.jit(lambda p: model.merge(p).init_cache(num_samples, len(prompt) + num_tokens))
+    length = len(prompt) + num_tokens
+    init_cache = jax.jit(lambda *w: model.merge(*w).init_cache(num_samples, length))
     step = jax.jit(functools.partial(_step, model=model), donate_argnums=2)
     choose = jax.jit(functools.partial(pick, temperature=temperature, top_p=top_p))
-    cache, start, key = init_cache(params), 0, jax.random.key(seed)
+    weights = (params, biases or {})
+    cache, start, key = init_cache(*weights), 0, jax.random.key(seed)
     for i in range(num_tokens):
-        logits_BV, cache = step(params, ids, cache, jnp.asarray(start))
+        logits_BV, cache = step(weights, ids, cache, jnp.asarray(start))
         start += ids.shape[1]
         ids = choose(logits_BV, jax.random.fold_in(key, i))[:, None]
         yield np.asarray(ids[:, 0], np.uint8)
@@ -84,9 +88,9 @@ def pick(
 
 
 def _step(
-    params: dict[str, Any], ids: jax.Array, cache: Cache, start: jax.Array, *, model: Model
+    weights: tuple, ids: jax.Array, cache: Cache, start: jax.Array, *, model: Model
 ) -> tuple[jax.Array, Cache]:
-    output = model.merge(params)(ids, cache=cache, start=start, capacity="dropless")
+    output = model.merge(*weights)(ids, cache=cache, start=start, capacity="dropless")
     # Only bytes: a vocabulary may have more.
     assert output.cache is not None
     return output.logits_BLV[:, -1, :256], output.cache

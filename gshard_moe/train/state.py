@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from gshard_moe import config as configs
 from gshard_moe.layout import Layout
-from gshard_moe.nn import Transformer
+from gshard_moe.nn import SelectionBias, Transformer, transformer
+from gshard_moe.routing import moved_bias
 
 # Roles whose weights decay; norms and biases do not.
 _NO_DECAY = ("vector", "head_norm", "router_bias")
@@ -27,6 +28,8 @@ class TrainState(NamedTuple):
 
     Attributes:
       params: float32 master weights, as nested dicts.
+      biases: the selection biases of the routers that have one, which no optimiser sees; nested
+        dicts.
       opt_state: optax's.
       step: optimiser steps taken, counting skipped ones.
       skipped: steps whose loss or gradient was not finite, and whose update was left out.
@@ -34,6 +37,7 @@ class TrainState(NamedTuple):
     """
 
     params: dict[str, Any]
+    biases: dict[str, Any]
     opt_state: Any
     step: Int32[Array, ""]
     skipped: Int32[Array, ""]
@@ -41,12 +45,13 @@ class TrainState(NamedTuple):
 
 
 class Model:
-    """A Transformer apart from its weights: `model.merge(params)` is the module.
+    """A Transformer apart from its weights: `model.merge(params, biases)` is the module.
 
     Attributes:
       config: what is computed.
       layout: where.
       roles: the layout's role of every parameter, in the tree of `params`.
+      bias_roles: the same in the tree of `biases`.
     """
 
     def __init__(self, config: configs.ModelConfig, layout: Layout | None):
@@ -54,12 +59,9 @@ class Model:
         self.config = config
         self.layout = layout
         module = nnx.eval_shape(lambda: self.build(jax.random.key(0)))
-        self._graph, state = nnx.split(module)
-        self._tree = jax.tree.structure(state)
-        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-        self.roles = nnx.to_pure_dict(
-            jax.tree.map(lambda v: v.get_metadata("role"), state, is_leaf=is_variable)
-        )
+        self._graph, params, biases = nnx.split(module, nnx.Param, SelectionBias)
+        self._trees = jax.tree.structure(params), jax.tree.structure(biases)
+        self.roles, self.bias_roles = _roles(params), _roles(biases)
 
     def build(self, key: jax.Array) -> Transformer:
         """Makes the module with fresh weights."""
@@ -69,10 +71,45 @@ class Model:
         """Returns fresh float32 parameters."""
         return nnx.to_pure_dict(nnx.state(self.build(key), nnx.Param))
 
-    def merge(self, params: dict[str, Any]) -> Transformer:
-        """Returns the module with these weights."""
-        state = jax.tree.unflatten(self._tree, jax.tree.leaves(params))
-        return nnx.merge(self._graph, state)
+    def init_biases(self) -> dict[str, Any]:
+        """Returns fresh selection biases: zeros."""
+        shapes = nnx.eval_shape(lambda: self.build(jax.random.key(0)))
+        biases = nnx.to_pure_dict(nnx.state(shapes, SelectionBias))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), biases)
+
+    def merge(self, params: dict[str, Any], biases: dict[str, Any] | None = None) -> Transformer:
+        """Returns the module with these weights; models with selection biases need theirs."""
+        leaves = jax.tree.leaves(params), jax.tree.leaves(biases or {})
+        trees = [jax.tree.unflatten(*pair) for pair in zip(self._trees, leaves, strict=True)]
+        return nnx.merge(self._graph, *trees)
+
+    def moved_biases(
+        self, biases: dict[str, Any], chosen_LE: Float[Array, "L E"]
+    ) -> dict[str, Any]:
+        """Returns the selection biases of the next step.
+
+        Args:
+          biases: of this step.
+          chosen_LE: how many choices fell on each expert in the step, of each MoE layer in order.
+        """
+        moe = self.config.moe
+        if moe is None or not moe.selection_bias:
+            return biases
+        layers = [i for i in range(self.config.num_layers) if self.config.is_moe_block(i)]
+        stack = transformer.stack_of(self.config)
+
+        def moved(path: tuple, bias: jax.Array) -> jax.Array:
+            names = [entry.key for entry in path]
+            if names[0] == "periods":
+                first = stack.first + int(names[1].removeprefix("block_"))
+                blocks = range(first, first + stack.periods * moe.every, moe.every)
+                chosen_XE = chosen_LE[jnp.array([layers.index(i) for i in blocks])]
+                return jax.vmap(lambda b, c: moved_bias(b, c, rate=rate))(bias, chosen_XE)
+            index = layers.index(int(names[0].removeprefix("block_")))
+            return moved_bias(bias, chosen_LE[index], rate=rate)
+
+        rate = moe.selection_bias_rate
+        return jax.tree_util.tree_map_with_path(moved, biases)
 
 
 def optimizer(model: Model) -> optax.GradientTransformation:
@@ -128,7 +165,8 @@ def state_shardings(model: Model) -> TrainState:
         model.roles,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(params, opt_state, step=whole, skipped=whole, key=whole)  # pyright: ignore[reportArgumentType]
+    biases = jax.tree.map(place, shapes.biases, model.bias_roles)
+    return TrainState(params, biases, opt_state, step=whole, skipped=whole, key=whole)  # pyright: ignore[reportArgumentType]
 
 
 def init_state(model: Model, seed: int) -> TrainState:
@@ -142,4 +180,13 @@ def _new_state(model: Model, seed: int) -> TrainState:
     params = model.init(key)
     zero = jnp.zeros((), jnp.int32)
     opt_state = optimizer(model).init(params)
-    return TrainState(params, opt_state, zero, zero, jax.random.key_data(key))
+    biases = model.init_biases()
+    return TrainState(params, biases, opt_state, zero, zero, jax.random.key_data(key))
+
+
+def _roles(state: Any) -> dict[str, Any]:
+    """Returns the layout's role of every variable of an nnx state."""
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return nnx.to_pure_dict(
+        jax.tree.map(lambda v: v.get_metadata("role"), state, is_leaf=is_variable)
+    )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from gshard_moe.train.state import Model, TrainState, optimizer, schedule, state_shardings
 
@@ -43,13 +43,14 @@ class StepMetrics(NamedTuple):
 
 
 class LossParts(NamedTuple):
-    """What the loss is made of."""
+    """What the loss is made of, and how many choices fell on each expert of each MoE layer."""
 
     loss: Float[Array, ""]
     aux_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     dropped: Float[Array, ""]
     load_max_over_mean: Float[Array, ""]
+    chosen_LE: Float[Array, "layers E"]
 
 
 def loss_fn(
@@ -57,26 +58,28 @@ def loss_fn(
     model: Model,
     inputs_BL: Int32[Array, "B L"],
     targets_BL: Int32[Array, "B L"],
+    *,
+    biases: dict[str, Any] | None = None,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], LossParts]:
-    """Returns the training loss and its parts."""
-    output = model.merge(params)(inputs_BL, capacity="train")
+    """Returns the training loss and its parts; `key` is needed where the card is random."""
+    output = model.merge(params, biases)(inputs_BL, key=key, capacity="train")
     with jax.named_scope("loss"):
         nats_BL = optax.softmax_cross_entropy_with_integer_labels(output.logits_BLV, targets_BL)
         loss, zero = nats_BL.mean(), jnp.zeros(())
         if output.metrics is None:
-            return loss, LossParts(loss, zero, zero, zero, jnp.ones(()))
+            return loss, LossParts(loss, zero, zero, zero, jnp.ones(()), jnp.zeros((0, 0)))
         moe, metrics = model.config.moe, output.metrics
         assert moe is not None
-        spread = metrics.load_E.max(axis=-1) / metrics.load_E.mean(axis=-1).clip(min=1.0)
         parts = LossParts(
             loss,
             metrics.aux_loss.mean(),
             metrics.z_loss.mean(),
             metrics.dropped.mean(),
-            spread.mean(),
+            metrics.load_max_over_mean.mean(),
+            metrics.chosen_E,
         )
-        total = loss + moe.aux_loss_weight * parts.aux_loss + moe.z_loss_weight * parts.z_loss
-        return total, parts
+        return loss + metrics.weighted_loss(moe), parts
 
 
 def train_step(
@@ -88,24 +91,26 @@ def train_step(
     """
     train = model.config.train
     params = _as_stored(state.params, model)
-    (total, parts), grads = _gradients(params, inputs_BL, targets_BL, model)
+    (total, parts), grads = _gradients(params, state, inputs_BL, targets_BL, model)
     with jax.named_scope("optimizer"):
         grads = _constrain(grads, model, "optimizer")
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, opt_state = optimizer(model).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
+        parts = parts._asdict()
+        biases = model.moved_biases(state.biases, parts.pop("chosen_LE"))
+        params, biases, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+            (params, biases, opt_state),
+            (state.params, state.biases, state.opt_state),
         )
     skipped = state.skipped + (~finite).astype(jnp.int32)
     lr = jnp.asarray(schedule(train)(state.step - state.skipped), jnp.float32)
     metrics = StepMetrics(
-        total_loss=total, grad_norm=norm, lr=lr, skipped=skipped, finite=finite, **parts._asdict()
+        total_loss=total, grad_norm=norm, lr=lr, skipped=skipped, finite=finite, **parts
     )
-    return TrainState(params, opt_state, state.step + 1, skipped, state.key), metrics
+    return TrainState(params, biases, opt_state, state.step + 1, skipped, state.key), metrics
 
 
 def jit_train_step(model: Model) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -129,35 +134,46 @@ def eval_sums(
     targets_BL: Int32[Array, "B L"],
     mask_BL: Bool[Array, "B L"],
     model: Model,
+    biases: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the summed cross-entropy in nats and the number of targets that count."""
-    output = model.merge(params)(inputs_BL, mask_BL=mask_BL, capacity="eval")
+    output = model.merge(params, biases)(inputs_BL, mask_BL=mask_BL, capacity="eval")
     nats_BL = optax.softmax_cross_entropy_with_integer_labels(output.logits_BLV, targets_BL)
     weight_BL = mask_BL.astype(jnp.float32)
     return (nats_BL * weight_BL).sum(), weight_BL.sum()
 
 
 def _gradients(
-    params: dict[str, Any], inputs_BL: jax.Array, targets_BL: jax.Array, model: Model
+    params: dict[str, Any],
+    state: TrainState,
+    inputs_BL: jax.Array,
+    targets_BL: jax.Array,
+    model: Model,
 ) -> tuple[tuple[jax.Array, LossParts], dict[str, Any]]:
     """Returns the mean loss and gradient over the micro-batches."""
     accumulate = model.config.train.accumulate
-    grad = jax.value_and_grad(loss_fn, has_aux=True)
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    def grad(index: jax.Array | int, inputs_BL: jax.Array, targets_BL: jax.Array) -> Any:
+        key = jax.random.fold_in(step_key, index)
+        of_params = jax.value_and_grad(loss_fn, has_aux=True)
+        return of_params(params, model, inputs_BL, targets_BL, biases=state.biases, key=key)
+
     if accumulate == 1:
-        return grad(params, model, inputs_BL, targets_BL)
+        return grad(0, inputs_BL, targets_BL)
 
     def split(x_BL: jax.Array) -> jax.Array:
         # Every A-th row, so that each micro-batch is spread over the devices as the batch is.
         x_BAL = x_BL.reshape(-1, accumulate, x_BL.shape[-1])
         return x_BAL.swapaxes(0, 1)
 
-    def add(total: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        part = grad(params, model, *batch)
-        return jax.tree.map(jnp.add, total, part), None
+    def add(total: Any, batch: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad(*batch)), None
 
-    shapes = jax.eval_shape(lambda p, x, y: grad(p, model, x, y), params, inputs_BL, targets_BL)
+    batches = (jnp.arange(accumulate), split(inputs_BL), split(targets_BL))
+    shapes = jax.eval_shape(grad, *jax.tree.map(lambda x: x[0], batches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (split(inputs_BL), split(targets_BL)))
+    total, _ = jax.lax.scan(add, zeros, batches)
     return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
 

@@ -51,7 +51,7 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
                 _shape("groups", sizes),
                 _shape("slots", sizes),
                 itemsize,
-                num_inputs=2 if model.moe.activation == "swiglu" else 1,
+                num_inputs=2 if model.moe.gated else 1,
                 recomputed=recomputed,
             )
     tokens = _held(layout, "tokens", sizes, itemsize)
@@ -116,6 +116,9 @@ def _tensor_parallel(
     found = (
         sums("attention_out", "N", 1 + again[0]) + sums("query", "N", 1) + sums("key_value", "J", 2)
     )
+    if moe and model.moe is not None and model.moe.shared_hidden_dim:
+        found += sums("shared_out", "U", 1 + again[1])
+        found += sums("shared_in", "U", 2 if model.moe.gated else 1)
     if not moe:
         found += sums("dense_out", "F", 1 + again[1])
         found += sums("dense_in", "F", 2 if model.activation == "swiglu" else 1)
