@@ -12,7 +12,7 @@ from gshard_moe.config import (
     TrainConfig,
 )
 from gshard_moe.layout import Layout, LayoutError
-from gshard_moe.nn import MoE, MoEMetrics, MoEOutput, MoEWeights, Transformer, moe
+from gshard_moe.nn import MoE, MoEMetrics, MoEOutput, MoEWeights, Transformer, moe, route
 from gshard_moe.routing import Routing
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "load_model",
     "load_sharding",
     "moe",
+    "route",
 ]

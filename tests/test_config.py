@@ -261,7 +261,7 @@ def test_a_mesh_fills_the_devices(shape, num_devices, sizes):
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices(shape, num_devices, message):
-    with pytest.raises(ConfigError, match=f"^shape: .*{message}; use --mesh"):
+    with pytest.raises(ConfigError, match=f"^shape: .*{message}; give other sizes"):
         _mesh(("a", "b"), shape).resolve(num_devices)
 
 

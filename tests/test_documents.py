@@ -103,7 +103,6 @@ def test_standard_library_without_sources_is_refused(tmp_path, monkeypatch):
     [
         ("a.bin", b"ab\0c", r"a\.bin: .*without NUL bytes; got one at byte 2 of 4; leave it out"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', r"a\.jsonl:2: must be one JSON object; got b'{"),
-        ("a.jsonl", b'{"text": "x"}\n\n', r"a\.jsonl:2: must be one JSON object; got b'\\n'"),
         ("a.jsonl", b'{"text": 3}', r'a\.jsonl:1: must have a string "text"; got 3'),
         ("a.jsonl", b'{"txt": "x"}', r'a\.jsonl:1: must have a string "text"; got None'),
         ("a.jsonl", b"[1]", r'a\.jsonl:1: must have a string "text"; got \[1\]'),
@@ -184,6 +183,17 @@ def test_all_faults_at_once(tmp_path):
         f"folder/same.txt: must be given once; got it as {tmp_path}/good.txt too; leave one out",
     ]
     assert str(error.value) == "\n".join(error.value.faults)
+
+
+def test_every_bad_record_of_a_file_is_told_and_blank_lines_are_passed_over(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x"}\n\n{"text": 3}\n{\n \n{"text": "y"}\n{"text": "\\u0000"}\n\n')
+    with pytest.raises(CorpusError) as error:
+        documents.read_documents([path])
+    wheres = [fault.removeprefix(f"{path}:").split(":")[0] for fault in error.value.faults]
+    assert wheres == ["3", "4", "7"]
+    path.write_bytes(b'{"text": "x"}\n\n{"text": "y"}\n\n')
+    assert [text for _, text in documents.read_documents([path])] == [b"x", b"y"]
 
 
 def test_very_many_faults_are_counted():

@@ -142,16 +142,43 @@ def test_a_full_disk_loses_nothing_saved(whole, tmp_path):
         (tmp_path / "run" / "checkpoints" / f"{step}.json").unlink()
     # 50 KB a file: enough for the metrics, not for the arrays.
     small_disk = ["bash", "-c", "trap '' XFSZ; ulimit -f 50; exec \"$@\"", "bash"]
-    args = ["train", "--resume", "--run", str(tmp_path / "run"), "--save-every", "4"]
+    args = ["train", "--resume", "--run", str(tmp_path / "run")]
     process = job.start(args, before=small_disk)
     output, _ = process.communicate(timeout=job.PATIENCE)
     assert process.returncode == 1, output
     # Orbax's threads print tracebacks of their own beside it.
-    message = r"^gshard-moe: .*step 8 could not be written: .*00000004 is good"
+    message = r"gshard-moe: .*step 8 could not be written: .*00000004 is good"
     assert re.search(message, output, re.MULTILINE), output
     # With room again, the run goes on from there.
-    assert job.call([*args, "--log-every", "1", "--eval-every", "6"]) == 0
+    assert job.call(args) == 0
     assert job.metrics(tmp_path / "run") == job.metrics(whole / "run")
+
+
+def test_a_resumed_run_keeps_its_pace_or_takes_another(whole, tmp_path):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    saved = json.loads(path.read_text())["options"]
+    args = ["train", "--resume", "--run", str(tmp_path / "run")]
+    assert job.call(args) == 0
+    assert json.loads(path.read_text())["options"] == saved
+    assert job.call([*args, "--keep", "7", "--skip-nonfinite"]) == 0
+    changed = saved | {"keep": 7, "skip_nonfinite": True}
+    assert json.loads(path.read_text())["options"] == changed
+
+
+def test_an_interrupt_before_the_first_step_is_one_line(tmp_path, capfd, monkeypatch):
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gshard_moe.train.corpus.read_corpus", interrupted)
+    assert job.call(job.arguments(tmp_path, "run")) == 130
+    assert capfd.readouterr().err.endswith("gshard-moe: interrupted\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_that_never_began_starts_aloud(tmp_path, capfd):
+    assert job.call(job.arguments(tmp_path, "run", "--resume", "--steps", "1")) == 0
+    assert "run: there is no run here yet; a new one starts" in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_checkpoint(tmp_path, capfd):
@@ -163,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_checkpoint(t
         r"gshard-moe: step (\d+): loss and gradient must be finite; got loss=", message
     )
     assert found, message
-    assert re.search(r"last good checkpoint: (.*/0000000\d|there is none yet)", message)
+    assert re.search(r"newest checkpoint: (.*/0000000\d|there is none yet)", message)
     # Left out and counted, such steps end nothing.
     assert job.call([*args, "--resume", "--skip-nonfinite"]) == 0
     last = [line for line in job.metrics(tmp_path / "run") if "loss" in line][-1]
@@ -193,6 +220,9 @@ def test_refusals(whole, tmp_path, capfd):
     card.write_text(text.replace("vocab_size       = 256", "vocab_size = 200"))
     few = ["--model", str(card), "--run", str(tmp_path / "few")]
     refused(*args, *few, message=r"vocab_size: must hold every byte .* got vocab_size=200")
+    # A refused start leaves nothing behind that would refuse the corrected command.
+    assert not (tmp_path / "few").exists()
+    refused(*args, "--run", str(card), message="must be a directory")
     other = tmp_path / "other.txt"
     other.write_text("other text " * 1000)
     run = str(tmp_path / "run")

@@ -179,7 +179,7 @@ def _refused(message: str) -> Any:
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("", r"--mesh: must be like fsdp=4,expert=2; got '' in ''"),
+        ("", r"^mesh: must be like fsdp=4,expert=2; got '' in ''"),
         ("fsdp", r"must be like .*; got 'fsdp'"),
         ("fsdp=4,", r"must be like .*; got '' in 'fsdp=4,'"),
         ("=4", r"must be like .*; got '=4'"),
@@ -187,7 +187,7 @@ def _refused(message: str) -> Any:
         ("fsdp=1_0", r"must be like .*; got 'fsdp=1_0'"),
         ("fsdp=４", r"must be like .*; got 'fsdp=４'"),
         (f"fsdp={'9' * 5000}", r"must be like "),
-        ("fsdp=2,fsdp=4", r"--mesh: an axis must be given once; got 'fsdp'"),
+        ("fsdp=2,fsdp=4", r"^mesh: an axis must be given once; got 'fsdp'"),
         ("data=2", r"mesh.axes: an axis must be one of \['fsdp', 'expert'\]; got data=2"),
         ({"data": 2}, r"mesh.axes: an axis must be one of .*; got data=2"),
         ("fsdp=0", r"mesh.shape: a size must be positive or -1; got shape=\[0, 4\]"),
@@ -211,7 +211,7 @@ def test_sizes_that_are_none(mesh: Any, message: str):
 def test_sizes_that_do_not_fill_the_devices(sizes: str, message: str):
     lay = Layout.load("expert_fsdp", mesh=sizes)
     for use in (lay.mesh, lambda: lay.on(8), lambda: lay.sharding("tokens")):
-        with _refused(f"^shardings/expert_fsdp.toml: mesh.shape: .*{message}; use --mesh"):
+        with _refused(f"^shardings/expert_fsdp.toml: mesh.shape: .*{message}; give other sizes"):
             use()
 
 
@@ -305,6 +305,11 @@ def test_a_missing_role_is_never_replicated_in_silence():
         'sharding: layout.embed: is missing; add embed = "V M"',
         'sharding: layout.tokens: is missing; add tokens = "B L M"',
     ]
+
+
+def test_an_axis_that_is_gathered_twice():
+    with _refused("layout.gather: an axis must be named once; got 'fsdp' twice"):
+        _layout(gather=("fsdp", "fsdp"))
 
 
 def test_roles_ranks_and_stages_that_are_not():
@@ -476,6 +481,20 @@ def test_constrain_takes_the_mesh_that_is_set():
         z = jax.jit(lambda x: _layout().constrain("tokens", x))(_numbers(8, 8, 2))
     assert y.sharding.mesh == z.sharding.mesh == mesh
     assert z.sharding.spec == P(("fsdp", "expert"))
+
+
+def test_a_bound_layout_keeps_the_sizes_of_its_mesh():
+    bound = Layout.load("expert_data", mesh="expert=2").on(8)
+    assert dict(bound.mesh(jax.devices()).shape) == bound.axis_sizes == {"data": 4, "expert": 2}
+    with _refused("devices=4"):
+        bound.mesh(jax.devices()[:4])
+    with jax.set_mesh(Layout.load("expert_data").mesh()), _refused("got data=2, expert=4, bound"):
+        jax.jit(lambda x: bound.constrain("tokens", x))(jnp.zeros((8, 4, 2)))
+
+
+def test_values_cannot_be_laid_out_on_an_abstract_mesh():
+    with _refused("values need devices; got an abstract mesh of 8"):
+        Layout.load("expert_data").on(8).constrain("tokens", jnp.zeros((8, 4, 2)))
 
 
 def test_an_abstract_mesh_can_be_traced():

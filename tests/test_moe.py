@@ -1,5 +1,6 @@
 """The MoE layer, as a function and as an nnx module, against a loop over tokens."""
 
+import dataclasses
 import functools
 
 import cases
@@ -11,7 +12,7 @@ import oracle
 import pytest
 from flax import nnx
 
-from gshard_moe import MoE, MoEWeights, moe, routing
+from gshard_moe import MoE, MoEWeights, moe, route, routing
 from gshard_moe.train import state
 
 # float32 sums of at most 24 products of order 1, twice; bfloat16 has 8 bits.
@@ -314,9 +315,62 @@ def test_every_wrong_shape_is_refused_at_once():
         moe(weights, jnp.zeros((4, 6, 12)), config, routing=forced)
     assert str(error.value).splitlines() == [
         "x_BLM: M must be model_dim; got M=12, model_dim=16",
-        "routing: choices must have the shape [G, S, K] = [4, 6, 2]; got [2, 12, 2]",
+        *(
+            f"routing.{name}: must have the shape [G, S, K] = [4, 6, 2]; got [2, 12, 2]"
+            for name in ("expert_GSK", "gate_GSK", "keep_GSK")
+        ),
         "weights.router_ME: must have the shape [M, E] = [16, 8]; got [16, 4]",
     ]
+
+
+def test_a_routing_that_does_not_fit_is_refused():
+    config = cases.moe_config(group_size=6)
+    layer, x_BLM = example(config)
+    forced = route(layer.weights, x_BLM, config)
+    with pytest.raises(ValueError, match=r"routing.gate_GSK: must have the shape .*; got"):
+        layer(x_BLM, routing=forced._replace(gate_GSK=forced.gate_GSK[..., :1]))
+    wrong_GSK = forced.expert_GSK.at[1, 2, 0].set(config.num_experts).at[1, 3, 1].set(-1)
+    message = rf"from 0 to E - 1 .* got {config.num_experts} at \[1, 2, 0\] and 1 more"
+    with pytest.raises(ValueError, match=message):
+        layer(x_BLM, routing=forced._replace(expert_GSK=wrong_GSK))
+
+
+def test_choices_that_are_not_there_are_drops_where_values_are_not_known():
+    config = cases.moe_config(group_size=6).dropless(group_size=6)
+    layer, x_BLM = example(config)
+    forced = route(layer.weights, x_BLM, config)
+    gone_GSK = jnp.zeros_like(forced.keep_GSK).at[1, 2, 0].set(True)
+    outside = forced._replace(expert_GSK=jnp.where(gone_GSK, -1, forced.expert_GSK))
+    weightless = forced._replace(gate_GSK=jnp.where(gone_GSK, 0.0, forced.gate_GSK))
+    y_BLM, metrics = jax.jit(lambda r: layer(x_BLM, routing=r))(outside)
+    np.testing.assert_allclose(y_BLM, layer(x_BLM, routing=weightless).y_BLM, atol=1e-6)
+    assert metrics.dropped == 1 / forced.expert_GSK.size
+
+
+def test_a_mask_holds_beside_a_routing():
+    config = cases.moe_config(group_size=6, capacity_factor=0.5, eval_capacity_factor=0.5)
+    layer, x_BLM = example(config)
+    mask_BL = jnp.arange(x_BLM.shape[1])[None] % 3 + jnp.zeros(x_BLM.shape[:2], int) > 0
+    own = layer(x_BLM, mask_BL=mask_BL)
+    unmasked = route(layer.weights, x_BLM, config)
+    y_BLM, metrics = layer(x_BLM, mask_BL=mask_BL, routing=unmasked)
+    np.testing.assert_array_equal(y_BLM, own.y_BLM)
+    np.testing.assert_array_equal(metrics.load_E, own.metrics.load_E)
+    assert metrics.dropped == own.metrics.dropped > 0
+
+
+def test_weights_of_another_config_are_refused():
+    config = cases.moe_config(group_size=6)
+    layer = MoE(config, rngs=nnx.Rngs(0))
+    weights = layer.weights
+    more = dataclasses.replace(config, num_experts=2 * config.num_experts)
+    with pytest.raises(ValueError, match=r"weights.router_ME.*\n.*experts.in_EMH: .*\[E, M, H\]"):
+        moe(weights, jnp.zeros(SHAPE_BLM), more)
+    plain = MoE(dataclasses.replace(config, activation="relu"), rngs=nnx.Rngs(0)).weights
+    with pytest.raises(ValueError, match=r"weights.experts.gate_EMH: .*; got None"):
+        moe(plain, jnp.zeros(SHAPE_BLM), config)
+    with pytest.raises(ValueError, match=r"weights.experts.gate_EMH: must be None"):
+        moe(weights, jnp.zeros(SHAPE_BLM), dataclasses.replace(config, activation="relu"))
 
 
 def test_wrong_dtypes_are_refused(monkeypatch):

@@ -1,5 +1,7 @@
 """`gshard-moe`: the command line. It parses, prints and leaves the arithmetic to the library."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,6 +23,12 @@ def main(args: Sequence[str] | None = None) -> None:
             description="Mixture-of-Experts on JAX: annotated once, run on any mesh.",
             args=args,
         )
+    except KeyboardInterrupt:
+        print("gshard-moe: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:  # who read our output has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except Exception as error:
         if not _is_ours(error):
             raise

@@ -12,6 +12,9 @@ from gshard_moe.layout import Layout
 from gshard_moe.layout.traffic import Collective
 from gshard_moe.train import inventory, traffic
 
+# What is printed of a tensor for programs.
+_REPORTED = ("role", "path", "shape", "spec", "shape_per_device", "bytes_per_device")
+
 
 def explain(
     *,
@@ -63,7 +66,7 @@ def _report(
 ) -> dict[str, object]:
     return {
         "devices": devices,
-        "tensors": [tensor._asdict() for tensor in tensors],
+        "tensors": [{key: getattr(tensor, key) for key in _REPORTED} for tensor in tensors],
         "collectives": [collective._asdict() for collective in collectives],
     }
 

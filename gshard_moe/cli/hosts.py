@@ -25,12 +25,17 @@ _ARRIVAL = 300
 _WORKER = "GSHARD_MOE_LAUNCHER_FD"
 # What shows that a scheduler started several processes; JAX reads the rest from there itself.
 _SCHEDULERS: dict[str, Callable[[str], bool]] = {
-    "SLURM_NTASKS": lambda value: value.isdigit() and int(value) > 1,
-    "OMPI_COMM_WORLD_SIZE": lambda value: value.isdigit() and int(value) > 1,
+    # Within srun: the script of an sbatch is one process, however many tasks it may start.
+    "SLURM_NTASKS": lambda value: _several(value) and "SLURM_STEP_NODELIST" in os.environ,
+    "OMPI_COMM_WORLD_SIZE": lambda value: _several(value),
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
     "MEGASCALE_COORDINATOR_ADDRESS": bool,
-    "JOB_COMPLETION_INDEX": bool,
+    "JOB_COMPLETION_INDEX": lambda value: "KUBERNETES_SERVICE_HOST" in os.environ,
 }
+
+
+def _several(count: str) -> bool:
+    return count.isdigit() and int(count) > 1
 
 
 class HostsError(ValueError):

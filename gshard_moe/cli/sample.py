@@ -19,7 +19,7 @@ def sample(
     *,
     run: pathlib.Path,
     prompt: str = "def ",
-    tokens: int = 300,
+    tokens: int | None = None,
     num_samples: int = 1,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -33,7 +33,7 @@ def sample(
     Args:
       run: Directory of a training.
       prompt: What the text begins with.
-      tokens: How many bytes to add.
+      tokens: How many bytes to add (default: 300, or what the model's positions leave room for).
       num_samples: How many texts; they must divide by the mesh axes of the batch.
       temperature: 0 takes the likeliest byte.
       top_p: Samples from the likeliest bytes that together have this probability.
@@ -52,6 +52,8 @@ def sample(
     if restored is None:
         raise runs.RunError(f"{run}: must hold a checkpoint; there is none yet")
     _say(f"step {restored.step}")
+    if tokens is None:
+        tokens = max(min(300, spec.model.max_positions - len(prompt.encode())), 1)
     text = sampling.sample(
         model,
         restored.state.params,

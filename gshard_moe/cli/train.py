@@ -52,6 +52,31 @@ class TrainFlags:
         return dataclasses.replace(model, train=dataclasses.replace(model.train, **fields))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaceFlags:
+    """How often things happen; unset, as the run has it that is resumed.
+
+    Attributes:
+      log_every: Steps between lines of metrics (default 10).
+      save_every: Steps between checkpoints (default 100).
+      eval_every: Steps between evaluations; 0: only after the last step (default 0).
+      keep: How many checkpoints stay (default 3).
+      skip_nonfinite: Leave out steps whose loss is not finite, instead of stopping.
+    """
+
+    log_every: int | None = None
+    save_every: int | None = None
+    eval_every: int | None = None
+    keep: int | None = None
+    skip_nonfinite: bool = False
+
+    def apply(self, options: runs.Options) -> runs.Options:
+        """Returns the options with these overrides."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        given["skip_nonfinite"] = options.skip_nonfinite or self.skip_nonfinite
+        return dataclasses.replace(options, **given)
+
+
 def train(
     *,
     model: str | None = None,
@@ -63,11 +88,7 @@ def train(
     mesh: str | None = None,
     devices_: Annotated[int | None, tyro.conf.arg(name="devices")] = None,
     flags: Annotated[TrainFlags, tyro.conf.arg(name="")] = TrainFlags(),  # noqa: B008
-    log_every: int = 10,
-    save_every: int = 100,
-    eval_every: int = 0,
-    keep: int = 3,
-    skip_nonfinite: bool = False,
+    pace: Annotated[PaceFlags, tyro.conf.arg(name="")] = PaceFlags(),  # noqa: B008
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -84,22 +105,11 @@ def train(
       mesh: Other sizes for axes of the card's mesh, like fsdp=4,expert=2.
       devices_: How many devices; with no accelerator, how many to simulate (default 8).
       flags: Overrides of the model card.
-      log_every: Steps between lines of metrics.
-      save_every: Steps between checkpoints.
-      eval_every: Steps between evaluations; 0: only after the last step.
-      keep: How many checkpoints stay.
-      skip_nonfinite: Leave out steps whose loss is not finite, instead of stopping.
+      pace: How often things happen.
       coordinator: HOST:PORT of process 0, where the processes of one training meet.
       num_processes: How many there are; found out from SLURM, MPI, GKE or TPU pods.
       process_id: Which one this is, from 0; --devices is then the number of this process.
     """
-    options = loop.Options(
-        log_every=log_every,
-        save_every=save_every,
-        eval_every=eval_every,
-        keep=keep,
-        skip_nonfinite=skip_nonfinite,
-    )
     cluster = hosts.find(coordinator, num_processes, process_id)
     if cluster is not None and run is None:
         raise runs.RunError("--run: must be given to several processes, and be the same for all")
@@ -107,6 +117,7 @@ def train(
     if cluster is not None and not hosts.is_worker():
         return hosts.launch(sys.argv[1:], cluster, how_to_go_on)
     saved = _saved(run, resume=resume)
+    options = pace.apply(runs.Options() if saved is None else saved.options)
     model_config = flags.apply(_model(model, saved))
     layout = _layout(sharding, saved, mesh)
     devices.prepare(devices_, layout, 1 if cluster is None else cluster.num_processes)
@@ -115,22 +126,29 @@ def train(
     try:
         layout = devices.bind(layout, devices_, _say)
         layout.check(model_config, source=model or str(run))
+        directory = run or _new_directory(model)
+        if saved is None and _is_first():
+            runs.require_new(directory, unfinished=resume)
+        if saved is None and resume:
+            _say(f"{directory}: there is no run here yet; a new one starts")
         text = corpora.read_corpus(data or (saved.data if saved else ()) or None)
         _say(text.source)
         asked = runs.Run(
-            directory=run or _new_directory(model),
+            directory=directory,
             model=model_config,
             sharding=layout.config,
             seed=seed if seed is not None else saved.seed if saved else 0,
             data=data or (saved.data if saved else ()),
             digest=text.digest,
+            options=options,
         )
-        if saved is None:
-            runs.start(asked, write=_is_first(), unfinished=resume)
-        else:
+        if saved is not None:
             runs.require_same(saved, asked)
             runs.announce_layout(saved, layout, _say)
-        outcome = loop.train(asked, layout, text, options, resume=resume)
+        training = loop.Training(asked, layout, text)
+        if _is_first() and (saved is None or saved.options != options):
+            runs.start(asked)
+        outcome = training.run(resume=resume)
     except Exception as error:
         if cluster is None:
             raise
@@ -161,7 +179,10 @@ def _model(name: str | None, saved: runs.Run | None) -> config.ModelConfig:
         return cards.load_model(name)
     if saved is None:
         known = ", ".join(cards.names("models"))
-        raise runs.RunError(f"--model: must be given for a new run; the models are {known}")
+        raise runs.RunError(
+            f"--model: must be given for a new run; the models are {known}; to go on with a run, "
+            "give its directory: --run DIR --resume"
+        )
     return saved.model
 
 

@@ -44,7 +44,8 @@ class MoEConfig(Checked):
         `importance` does so too, the tokens with the largest gates first (V-MoE's batch-prioritised
         routing). It decides which overlaps are legal.
       renormalize: whether a token's K gates are scaled to sum to 1, and before or after its
-        dropped choices are taken away.
+        dropped choices are taken away. With K = 1 it makes every gate 1: the router then learns
+        from its losses alone.
       activation: of the experts; `swiglu` has two input matrices, and so has `swiglu_clamped`
         (gpt-oss): (up + 1) * gate * sigmoid(1.702 gate), gate <= limit, |up| <= limit.
       aux_loss_weight: of the load-balance loss in the training loss.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from gshard_moe.config.checked import Checked, ConfigError, Faults
+from gshard_moe.config.checked import Checked, ConfigError, Faults, shown
 
 Dispatch = Literal["gather", "einsum"]
 Remat = Literal[
@@ -58,12 +58,17 @@ class MeshConfig(Checked):
         """Returns this mesh with other sizes for some of its axes.
 
         Raises:
-          ConfigError: if an axis is not of this mesh.
+          ConfigError: if an axis is not of this mesh, or a size not an integer.
         """
         unknown = [
             ("axes", f"an axis must be one of {list(self.axes)}; got {axis}={size}")
             for axis, size in sizes.items()
             if axis not in self.axes
+        ]
+        unknown += [
+            ("shape", f"a size must be an integer; got {axis}={shown(size)}")
+            for axis, size in sizes.items()
+            if not isinstance(size, int)
         ]
         if unknown:
             raise ConfigError(unknown)
@@ -81,7 +86,7 @@ class MeshConfig(Checked):
         mesh = ", ".join(f"{a}={s}" for a, s in zip(self.axes, self.shape, strict=True))
         needed = f"{fixed} device{'s' * (fixed != 1)}"
         numbers = f"got {mesh} ({needed}), devices={num_devices}"
-        change = f"use --mesh to give other sizes, or {needed}"
+        change = f"give other sizes (mesh=, --mesh), or {needed}"
         if fixed > num_devices:
             message = f"the mesh must not need more devices than there are; {numbers}; {change}"
             raise ConfigError([("shape", message)])

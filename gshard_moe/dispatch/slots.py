@@ -39,7 +39,7 @@ def assign(
     """Gives each expert's C slots of each group to the choices that come first in the order.
 
     Args:
-      routing: choices with `keep_GSK` False get no slot.
+      routing: choices with `keep_GSK` False get no slot, nor do experts outside of 0 to E - 1.
       capacity: C.
       num_experts: E.
       renormalize: `after_drops` scales the gates of a token's served choices to sum to `gate_sum`.
@@ -49,7 +49,8 @@ def assign(
     Source: GShard, arXiv 2006.16668, algorithm 1 (`order` CHOICE); Switch Transformer, 2101.03961,
       section 2.1 and appendix B (FALLBACK); V-MoE, 2106.05974, section 4.1 (IMPORTANCE).
     """
-    expert_GSK = jnp.where(routing.keep_GSK, routing.expert_GSK, num_experts)
+    there_GSK = (routing.expert_GSK >= 0) & (routing.expert_GSK < num_experts)
+    expert_GSK = jnp.where(routing.keep_GSK & there_GSK, routing.expert_GSK, num_experts)
     if used_GE is None:
         used_GE = jnp.zeros((expert_GSK.shape[0], num_experts), jnp.int32)
     if routing.order is Order.FALLBACK:

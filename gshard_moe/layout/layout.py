@@ -17,6 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -117,14 +118,20 @@ class Layout:
     ) -> Mesh | AbstractMesh:
         """Returns the mesh: the bound one, or the card's over `devices` (default: all).
 
+        With `devices`, a bound layout gives a mesh of its own axis sizes over them.
+
         Raises:
           LayoutError: if the mesh needs more devices than there are, or leaves some unused.
         """
         if devices is None and self.bound_mesh is not None:
             return self.bound_mesh
         devices = tuple(jax.devices() if devices is None else devices)
+        card = self.config.mesh
+        if self.bound_mesh is not None:
+            sizes = tuple(self.bound_mesh.shape[axis] for axis in self.axes)
+            card = dataclasses.replace(card, shape=sizes)
         with _as_layout_error(self.source):
-            sizes = self.config.mesh.resolve(len(devices))
+            sizes = card.resolve(len(devices))
         return _auto_mesh(sizes, self.axes, devices)
 
     @property
@@ -209,14 +216,20 @@ class Layout:
 
         Raises:
           LayoutError: if a dim does not divide by its axes, or the mesh that is set lacks the
-            card's axes, has others, or mixes axis types.
+            card's axes, has others, mixes axis types, or is not of the sizes that this is bound to.
         """
         spec = self.spec(role, stage, ndim=x.ndim)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             mesh = self.mesh()
+            if isinstance(mesh, AbstractMesh) and not isinstance(x, Tracer):
+                raise LayoutError(
+                    f"{self.source}: mesh: values need devices; got an abstract mesh of "
+                    f"{mesh.size}; trace this (jax.eval_shape, .lower), or use layout.on(a mesh)"
+                )
         else:
             _refuse_foreign(mesh, self.axes, self.source)
+            self._refuse_other_sizes(mesh)
         spec = free_spec(mesh, spec)
         self._require_divisible(role, x.shape, spec, dict(mesh.shape))
         kind = axis_type(mesh)
@@ -295,6 +308,19 @@ class Layout:
         if faults:
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
 
+    def _refuse_other_sizes(self, mesh: Mesh | AbstractMesh) -> None:
+        """Refuses a mesh that is set and is not the one that this layout is bound to."""
+        bound = self.bound_mesh
+        if bound is None or all(mesh.shape[axis] == bound.shape[axis] for axis in self.axes):
+            return
+        ours, theirs = (
+            ", ".join(f"{axis}={m.shape[axis]}" for axis in self.axes) for m in (bound, mesh)
+        )
+        raise LayoutError(
+            f"{self.source}: mesh: the mesh that is set must have the sizes of the one that the "
+            f"layout is bound to; got {theirs}, bound to {ours}; use layout.on(mesh)"
+        )
+
     def _require_divisible(
         self, role: str, shape: Sequence[int], spec: P, mesh: Mapping[str, int]
     ) -> None:
@@ -335,10 +361,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*([A-Za-z]\w*)\s*=\s*(-?[0-9]{1,10})\s*", part, re.ASCII)
         if not found:
-            raise LayoutError(f"--mesh: must be like fsdp=4,expert=2; got {part!r} in {text!r}")
+            raise LayoutError(f"mesh: must be like fsdp=4,expert=2; got {part!r} in {text!r}")
         axis, size = found.groups()
         if axis in sizes:
-            raise LayoutError(f"--mesh: an axis must be given once; got {axis!r} in {text!r}")
+            raise LayoutError(f"mesh: an axis must be given once; got {axis!r} in {text!r}")
         sizes[axis] = int(size)
     return sizes
 

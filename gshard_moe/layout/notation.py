@@ -137,7 +137,9 @@ def read(layout: config.LayoutConfig, axes: tuple[str, ...] | None) -> tuple[Lay
             faults.append(f"{key}: must not be the name of a role; rename it")
         else:
             add(read.stored, key, role, text)
-    for axis in layout.gather:
+    for axis in dict.fromkeys(layout.gather):
+        if layout.gather.count(axis) > 1:
+            faults.append(f"layout.gather: an axis must be named once; got {axis!r} twice")
         if axes is not None and axis not in axes:
             faults.append(f"layout.gather: {axis!r} must be one of the mesh's {list(axes)}")
     return read, faults

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -101,9 +102,9 @@ def moe(
       mask_BL: False for padding, which may hold anything, takes no slot and is in no statistics.
       key: of this layer and step; needed in training by configs with noise, a random second expert
         or dropout. Each group's randomness is its own, so it is the same on any mesh.
-      routing: used instead of the router's own, for [B * L / S, S, K] choices; its own `keep_GSK`
-        says which are padding. `route` returns one, and `routing.replayed` makes one of given
-        experts.
+      routing: used instead of the router's own, for [B * L / S, S, K] choices. `route` returns one,
+        and `routing.replayed` makes one of given experts. What its `keep_GSK` or `mask_BL` calls
+        padding gets no slot, nor does an expert outside of 0 to E - 1; its statistics stay its own.
       token_ids_BL: of the router `hash`.
       train: takes `capacity_factor`, and noise; else `eval_capacity_factor`.
     Returns:
@@ -201,9 +202,13 @@ def _moe(
             )
     else:
         with jax.named_scope("router"):
-            chosen = forced
-            if chosen is None:
+            if forced is None:
                 chosen = _route(weights, groups, config, layout, noise_key_G, x_BLM.shape)
+            else:
+                chosen = forced
+                if groups.mask_GS is not None:
+                    keep_GSK = forced.keep_GSK & groups.mask_GS[..., None]
+                    chosen = forced._replace(keep_GSK=keep_GSK)
         with jax.named_scope("dispatch"):
             slots = dispatch.assign(
                 chosen,
@@ -420,21 +425,38 @@ def _check_shapes(
         )
     elif forced is not None:
         groups = batch * length // config.group_size
-        want = (groups, config.group_size, forced.expert_GSK.shape[-1])
-        if forced.expert_GSK.shape != (*want[:2], config.num_choices):
-            want = (*want[:2], config.num_choices)
-            faults.append(
-                f"routing: choices must have the shape [G, S, K] = {list(want)}; "
-                f"got {list(forced.expert_GSK.shape)}"
-            )
-    want = (config.model_dim, config.num_experts)
-    if weights.router_ME.shape != want:
-        faults.append(
-            f"weights.router_ME: must have the shape [M, E] = {list(want)}; "
-            f"got {list(weights.router_ME.shape)}"
-        )
+        faults += _misfits_of_routing(forced, (groups, config.group_size), config)
+    faults += moe_weights.misfits(weights, config)
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def _misfits_of_routing(
+    forced: routing.Routing, shape_GS: tuple[int, int], config: configs.MoEConfig
+) -> list[str]:
+    """Returns what is wrong with a given routing; its experts only where their values are known."""
+    faults, want = [], (*shape_GS, config.num_choices)
+    for name in ("expert_GSK", "gate_GSK", "keep_GSK"):
+        got = getattr(forced, name).shape
+        if got != want:
+            faults.append(
+                f"routing.{name}: must have the shape [G, S, K] = {list(want)}; got {list(got)}"
+            )
+    got = forced.stats.chosen_GE.shape[-1]
+    if got != config.num_experts:
+        faults.append(f"routing.stats: must be of E={config.num_experts} experts; got E={got}")
+    if faults or isinstance(forced.expert_GSK, Tracer):
+        return faults
+    outside = (forced.expert_GSK < 0) | (forced.expert_GSK >= config.num_experts)
+    outside &= forced.keep_GSK
+    if outside.any():
+        g, s, k = (int(i) for i in jnp.argwhere(outside)[0])
+        faults.append(
+            f"routing.expert_GSK: must be from 0 to E - 1 where keep_GSK is True; got "
+            f"{int(forced.expert_GSK[g, s, k])} at {[g, s, k]} and {int(outside.sum()) - 1} more, "
+            f"E={config.num_experts}"
+        )
+    return faults
 
 
 class SelectionBias(nnx.Variable):
@@ -466,7 +488,7 @@ class MoE(nnx.Module):
         self.config = config
         self.layout = layout
         specs = moe_weights.specs(config)
-        for name in moe_weights.NAMES:
+        for name in moe_weights.PLACES:
             spec = specs.get(name)
             if spec is None:
                 param = None

@@ -6,7 +6,7 @@ E experts, M model width, H hidden width of an expert, U of the shared experts t
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -64,20 +64,21 @@ class Spec(NamedTuple):
     trained: bool = True
 
 
-NAMES = (
-    "router",
-    "router_bias",
-    "selection_bias",
-    "expert_in",
-    "expert_gate",
-    "expert_out",
-    "expert_in_bias",
-    "expert_gate_bias",
-    "expert_out_bias",
-    "shared_in",
-    "shared_gate",
-    "shared_out",
-)
+# Each weight's name in a module, and its place in `MoEWeights`.
+PLACES = {
+    "router": "router_ME",
+    "router_bias": "router_bias_E",
+    "selection_bias": "selection_bias_E",
+    "expert_in": "experts.in_EMH",
+    "expert_gate": "experts.gate_EMH",
+    "expert_out": "experts.out_EHM",
+    "expert_in_bias": "experts.in_bias_EH",
+    "expert_gate_bias": "experts.gate_bias_EH",
+    "expert_out_bias": "experts.out_bias_EM",
+    "shared_in": "shared.in_MU",
+    "shared_gate": "shared.gate_MU",
+    "shared_out": "shared.out_UM",
+}
 
 
 def specs(config: configs.MoEConfig) -> dict[str, Spec]:
@@ -108,18 +109,30 @@ def specs(config: configs.MoEConfig) -> dict[str, Spec]:
 
 def collected(get: Callable[[str], jax.Array | None]) -> MoEWeights:
     """Puts weights, by name, in the functional form's order."""
-    router_ME, in_EMH, out_EHM = get("router"), get("expert_in"), get("expert_out")
-    assert router_ME is not None and in_EMH is not None and out_EHM is not None
-    shared_in_MU, shared_out_UM = get("shared_in"), get("shared_out")
-    shared = None
-    if shared_in_MU is not None and shared_out_UM is not None:
-        shared = SharedWeights(shared_in_MU, shared_out_UM, get("shared_gate"))
-    experts = ExpertWeights(
-        in_EMH=in_EMH,
-        out_EHM=out_EHM,
-        gate_EMH=get("expert_gate"),
-        in_bias_EH=get("expert_in_bias"),
-        gate_bias_EH=get("expert_gate_bias"),
-        out_bias_EM=get("expert_out_bias"),
-    )
-    return MoEWeights(router_ME, experts, get("router_bias"), get("selection_bias"), shared)
+    parts: dict[str, dict[str, Any]] = {"": {}, "experts": {}, "shared": {}}
+    for name, place in PLACES.items():
+        part, _, field = place.rpartition(".")
+        parts[part][field] = get(name)
+    shared = None if parts["shared"]["in_MU"] is None else SharedWeights(**parts["shared"])
+    return MoEWeights(experts=ExpertWeights(**parts["experts"]), shared=shared, **parts[""])
+
+
+def misfits(weights: MoEWeights, config: configs.MoEConfig) -> list[str]:
+    """Returns what is missing, what is too much, and what is of another shape than the config's."""
+    wanted, faults = specs(config), []
+    for name, place in PLACES.items():
+        part, _, field = place.rpartition(".")
+        holder = getattr(weights, part) if part else weights
+        value, spec = getattr(holder, field, None), wanted.get(name)
+        if spec is None and value is not None:
+            faults.append(
+                f"weights.{place}: must be None, since the config has no such part; got "
+                f"{list(value.shape)}"
+            )
+        elif spec is not None and (value is None or value.shape != spec.shape):
+            letters = ", ".join(field.rpartition("_")[2])
+            got = None if value is None else list(value.shape)
+            faults.append(
+                f"weights.{place}: must have the shape [{letters}] = {list(spec.shape)}; got {got}"
+            )
+    return faults

@@ -73,9 +73,10 @@ def read_standard_library() -> list[Document]:
 def read_documents(paths: Sequence[str | Path]) -> list[Document]:
     """Reads every document of some files and directories, in the order given.
 
-    What a file is, its suffix says: `.jsonl` (one object a line, its string `text` is a document),
-    `.parquet` (column `text`), `.array_record` or `.arrayrecord` (each record is a document in
-    UTF-8); any other file is text and one document, of any encoding without NUL bytes. Directories
+    What a file is, its suffix says: `.jsonl` (one object a line, its string `text` is a document;
+    blank lines are passed over), `.parquet` (column `text`), `.array_record` or `.arrayrecord`
+    (each record is a document in UTF-8); any other file is text and one document, of any encoding
+    without NUL bytes. Directories
     are read recursively, in sorted order; hidden files and folders in them are left out.
 
     Raises:
@@ -106,7 +107,11 @@ def _read_all(files: Sequence[tuple[Path, str]], faults: list[str]) -> list[Docu
         read = _READERS.get(path.suffix.lower(), _read_text)
         try:
             _check_is_file(path)
-            documents.extend(read(path, name))
+            for document in read(path, name):
+                if isinstance(document, CorpusError):
+                    faults.extend(document.faults)
+                else:
+                    documents.append(document)
         except CorpusError as error:
             faults.extend(error.faults)
         except OSError as error:
@@ -146,24 +151,30 @@ def _check_is_file(path: Path) -> None:
     raise CorpusError([f"{path}: {message}"])
 
 
+# Readers raise what is wrong with a file, and yield what is wrong with one of its records.
+
+
 def _read_text(path: Path, name: str) -> Iterator[Document]:
     yield Document(name.encode(), _check_text(path.read_bytes(), where=str(path)))
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, name: str) -> Iterator[Document | CorpusError]:
     del name  # a record is known by its text
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
+            if not line.strip():
+                continue
             try:
                 value = json.loads(line)
             except ValueError as error:
                 message = f"must be one JSON object; got {reprlib.repr(line)} ({error})"
-                raise CorpusError([f"{where}: {message}"]) from error
+                yield CorpusError([f"{where}: {message}"])
+                continue
             yield _record(value.get("text") if isinstance(value, dict) else value, where=where)
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Document]:
+def _read_parquet(path: Path, name: str) -> Iterator[Document | CorpusError]:
     del name
     try:
         import pyarrow
@@ -185,7 +196,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
         raise CorpusError([f"{path}: must be a Parquet file; got {error}"]) from error
 
 
-def _read_array_record(path: Path, name: str) -> Iterator[Document]:
+def _read_array_record(path: Path, name: str) -> Iterator[Document | CorpusError]:
     del name
     try:
         from array_record.python import (
@@ -205,10 +216,10 @@ def _read_array_record(path: Path, name: str) -> Iterator[Document]:
             yield _record(record.decode(), where=where)
         except UnicodeDecodeError as error:
             message = f"must be text in UTF-8; got {reprlib.repr(record)} ({error})"
-            raise CorpusError([f"{where}: {message}"]) from error
+            yield CorpusError([f"{where}: {message}"])
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[Document | CorpusError]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".array_record": _read_array_record,
@@ -216,15 +227,16 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
 }
 
 
-def _record(text: Any, *, where: str) -> Document:
-    """Returns one record of many as a document, known by its text."""
+def _record(text: Any, *, where: str) -> Document | CorpusError:
+    """Returns one record of many as a document, known by its text; or what is wrong with it."""
     if not isinstance(text, str):
-        raise CorpusError([f'{where}: must have a string "text"; got {reprlib.repr(text)}'])
+        return CorpusError([f'{where}: must have a string "text"; got {reprlib.repr(text)}'])
     try:
-        encoded = text.encode()
+        checked = _check_text(text.encode(), where=where)
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise CorpusError([f"{where}: must be Unicode text; got {error}"]) from error
-    checked = _check_text(encoded, where=where)
+        return CorpusError([f"{where}: must be Unicode text; got {error}"])
+    except CorpusError as error:
+        return error
     return Document(checked, checked)
 
 

@@ -63,13 +63,9 @@ class Totals(NamedTuple):
     """Sums over an inventory.
 
     Attributes:
-      parameters: elements of all parameters.
-      bytes: of all that is kept between steps, once, however often it is replicated.
       parameter_bytes, moment_bytes: what one device holds between steps.
     """
 
-    parameters: int
-    bytes: int
     parameter_bytes: int
     moment_bytes: int
 
@@ -105,20 +101,10 @@ def tensors(model: configs.ModelConfig, layout: Layout, *, source: str = "model"
 
 def totals(inventory: Iterable[Tensor]) -> Totals:
     """Adds up what is kept between steps; activations are not kept and not summed."""
-    kept = [tensor for tensor in inventory if tensor.kind != "activation"]
-    masters = [tensor for tensor in kept if tensor.kind == "parameter"]
-    moments = [tensor for tensor in kept if tensor.kind == "moment"]
-    return Totals(
-        parameters=sum(math.prod(tensor.shape) for tensor in masters),
-        bytes=sum(global_bytes(tensor) for tensor in kept),
-        parameter_bytes=sum(tensor.bytes_per_device for tensor in masters),
-        moment_bytes=sum(tensor.bytes_per_device for tensor in moments),
-    )
-
-
-def global_bytes(tensor: Tensor) -> int:
-    """Returns the bytes of the whole tensor."""
-    return math.prod(tensor.shape) * jax.numpy.dtype(tensor.dtype).itemsize
+    held = {"parameter": 0, "moment": 0, "activation": 0}
+    for tensor in inventory:
+        held[tensor.kind] += tensor.bytes_per_device
+    return Totals(parameter_bytes=held["parameter"], moment_bytes=held["moment"])
 
 
 def count_parameters(model: configs.ModelConfig) -> ParameterCount:

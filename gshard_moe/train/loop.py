@@ -26,35 +26,6 @@ from gshard_moe.train.step import StepMetrics, eval_sums, jit_train_step
 _BYTES = 256
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """How often things happen; none of it changes the weights.
-
-    Attributes:
-      log_every: steps between lines of metrics.
-      save_every: steps between checkpoints; the last step always has one.
-      eval_every: steps between evaluations; 0 evaluates after the last step only.
-      keep: how many checkpoints stay.
-      skip_nonfinite: leave out the update of a step whose loss or gradient is not finite, count it
-        and go on, instead of stopping.
-    """
-
-    log_every: int = 10
-    save_every: int = 100
-    eval_every: int = 0
-    keep: int = 3
-    skip_nonfinite: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses numbers out of range."""
-        for name in ("log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise RunError(f"--{flag}: must be positive; got {getattr(self, name)}")
-        if self.eval_every < 0:
-            raise RunError(f"--eval-every: must not be negative; got {self.eval_every}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a training ended.
@@ -70,26 +41,20 @@ class Outcome:
     eval_loss: float | None = None
 
 
-def train(run: Run, layout: Layout, corpus: Corpus, options: Options, *, resume: bool) -> Outcome:
-    """Trains a model to its last step, or until a signal.
+class Training:
+    """One training. Nothing is written before `run`."""
 
-    Args:
-      run: the run; its directory exists.
-      layout: bound to the mesh.
-      corpus: of the digest that the run has.
-      options: how often things happen.
-      resume: goes on from the newest whole checkpoint, if there is one.
-    Raises:
-      RunError: if the vocabulary does not hold every byte, or the loss is not finite.
-      CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
-    """
-    return _Loop(run, layout, corpus, options).run(resume=resume)
+    def __init__(self, run: Run, layout: Layout, corpus: Corpus):
+        """Refuses what could not be trained.
 
-
-class _Loop:
-    """One training, while it runs."""
-
-    def __init__(self, run: Run, layout: Layout, corpus: Corpus, options: Options):
+        Args:
+          run: what is trained.
+          layout: bound to the mesh.
+          corpus: of the digest that the run has.
+        Raises:
+          RunError: if the vocabulary does not hold every byte, or the seed is out of range.
+          DataError: if the corpus is shorter than a sequence.
+        """
         if run.model.vocab_size < _BYTES:
             raise RunError(
                 "vocab_size: must hold every byte of the text; "
@@ -98,7 +63,7 @@ class _Loop:
         if not 0 <= run.seed < 2**32:  # JAX's keys hold no more
             raise RunError(f"seed: must be from 0 to 2^32 - 1; got {run.seed}")
         self.spec = run
-        self.options = options
+        self.options = run.options
         self.corpus = corpus
         self.config = run.model.train
         self.model = Model(run.model, layout)
@@ -116,7 +81,14 @@ class _Loop:
         self._eval = jax.jit(sums, out_shardings=(whole, whole))
 
     def run(self, *, resume: bool) -> Outcome:
-        """Restores or starts, and steps to the end."""
+        """Trains to the last step, or until a signal.
+
+        Args:
+          resume: goes on from the newest whole checkpoint, if there is one.
+        Raises:
+          RunError: if the loss is not finite.
+          CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
+        """
         with contextlib.ExitStack() as stack:
             self.report = stack.enter_context(
                 Reporter(enabled=self.first, total_steps=self.config.steps)
@@ -195,11 +167,12 @@ class _Loop:
         if not values.pop("finite") and not self.options.skip_nonfinite:
             self.checkpoints.wait()
             latest = self.checkpoints.latest()
-            good = "there is none yet" if latest is None else self.checkpoints.name(latest)
+            newest = "there is none yet" if latest is None else self.checkpoints.name(latest)
             raise RunError(
                 f"step {step}: loss and gradient must be finite; got loss={values['loss']}, "
-                f"grad_norm={values['grad_norm']}; the last good checkpoint: {good}; lower "
-                "--learning-rate, or resume with --skip-nonfinite to leave such steps out"
+                f"grad_norm={values['grad_norm']}; the newest checkpoint: {newest}; start another "
+                "--run with a lower --learning-rate, or --resume this one with --skip-nonfinite "
+                "to leave such steps out"
             )
         values["bpb"] = values["loss"] / math.log(2)
         if self._due(self.options.log_every, step) or step == self.config.steps:

@@ -2,7 +2,7 @@
 
 DIR/model.toml      the model card with the command line's overrides
 DIR/sharding.toml   the sharding card it was started under
-DIR/run.json        seed, digest and source of the data
+DIR/run.json        seed, digest and source of the data, and how often things happen
 DIR/checkpoints/    Orbax
 DIR/metrics.jsonl, DIR/tensorboard/
 """
@@ -27,6 +27,35 @@ class RunError(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How often things happen.
+
+    Attributes:
+      log_every: steps between lines of metrics.
+      save_every: steps between checkpoints; the last step always has one.
+      eval_every: steps between evaluations; 0 evaluates after the last step only.
+      keep: how many checkpoints stay.
+      skip_nonfinite: leave out the update of a step whose loss or gradient is not finite, count it
+        and go on, instead of stopping.
+    """
+
+    log_every: int = 10
+    save_every: int = 100
+    eval_every: int = 0
+    keep: int = 3
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses numbers out of range."""
+        for name in ("log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise RunError(f"--{flag}: must be positive; got {getattr(self, name)}")
+        if self.eval_every < 0:
+            raise RunError(f"--eval-every: must not be negative; got {self.eval_every}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run is, beside its weights.
 
@@ -37,6 +66,7 @@ class Run:
       seed: of the weights and of the order of the data.
       data: the paths it was given; empty for the standard library's sources.
       digest: of the corpus.
+      options: how often things happen; a resumed run may be given others.
     """
 
     directory: pathlib.Path
@@ -45,6 +75,7 @@ class Run:
     seed: int
     data: tuple[str, ...]
     digest: str
+    options: Options = dataclasses.field(default_factory=Options)
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -57,31 +88,49 @@ def has_started(directory: pathlib.Path) -> bool:
     return (directory / RUN).exists()
 
 
-def start(run: Run, *, write: bool, unfinished: bool = False) -> None:
-    """Makes the directory of a new run.
+def require_new(directory: pathlib.Path, *, unfinished: bool) -> None:
+    """Refuses a directory in which no run can be started.
 
     Args:
-      run: what to keep.
-      write: False on all processes but the first.
-      unfinished: goes on where an earlier `start` was killed before it was done.
+      directory: of a new run.
+      unfinished: it may hold what a `start` wrote that was killed before it was done.
     Raises:
-      RunError: if the directory is not empty, or cannot be written.
+      RunError: if it is not empty, not a directory, or cannot be read.
+    """
+    ours = {name + end for name in (MODEL, SHARDING, RUN) for end in ("", _PARTIAL)}
+    try:
+        there = set(os.listdir(directory)) if directory.exists() else set()
+    except OSError as error:
+        raise RunError(
+            f"{directory}: must be a directory of runs' files, or new; {error}"
+        ) from error
+    if there - (ours if unfinished else set()):
+        hint = "use --resume to go on with a run, or another --run"
+        if not has_started(directory):
+            hint = "it holds no run to go on with; use another --run"
+        raise RunError(
+            f"{directory}: must be empty or new for a new run; got {len(there)} files in it; {hint}"
+        )
+
+
+def start(run: Run) -> None:
+    """Makes the directory of a new run, or of one that goes on with other options.
+
+    Raises:
+      RunError: if the directory cannot be written.
     """
     directory = run.directory
-    if not write:
-        return
+    facts = {
+        "seed": run.seed,
+        "paths": list(run.data),
+        "digest": run.digest,
+        "options": dataclasses.asdict(run.options),
+    }
     try:
-        ours = {name + end for name in (MODEL, SHARDING, RUN) for end in ("", _PARTIAL)}
-        there = set(os.listdir(directory)) if directory.exists() else set()
-        if there - (ours if unfinished else set()):
-            raise RunError(
-                f"{directory}: must be empty or new for a new run; got {len(there)} files in it; "
-                "use --resume to go on with a run, or another --run"
-            )
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / MODEL, cards.dump(run.model))
-        _write(directory / SHARDING, cards.dump(run.sharding))
-        facts = {"seed": run.seed, "paths": list(run.data), "digest": run.digest}
+        if not has_started(directory):
+            _write(directory / MODEL, cards.dump(run.model))
+            _write(directory / SHARDING, cards.dump(run.sharding))
         # Last: a directory with this file is a run.
         _write(directory / RUN, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
@@ -106,6 +155,7 @@ def load(directory: pathlib.Path) -> Run:
             seed=int(facts["seed"]),
             data=tuple(facts["paths"]),
             digest=str(facts["digest"]),
+            options=Options(**facts["options"]),
         )
     except FileNotFoundError as error:
         raise RunError(
