@@ -8,7 +8,9 @@ from typing import Literal
 
 from gshard_moe.config.checked import Checked, ConfigError, Faults, shown
 
-Dispatch = Literal["gather", "einsum"]
+Dispatch = Literal["gather", "einsum", "ragged"]
+GroupedMatmulBackend = Literal["loops", "ragged_dot", "tokamax"]
+GroupedMatmul = Literal["auto", GroupedMatmulBackend]
 Remat = Literal[
     "none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"
 ]
@@ -107,7 +109,10 @@ class ComputeConfig(Checked):
     """How the computation is written, where several ways give the same function.
 
     Attributes:
-      dispatch: `gather` (indices) or `einsum` (GShard's one-hot masks).
+      dispatch: `gather` (indices into slots), `einsum` (slots by GShard's one-hot masks), or
+        `ragged` (rows sorted by expert, without slots: what is not used costs nothing).
+      grouped_matmul: of `ragged`: `loops` over tiles of rows, `jax.lax.ragged_dot`, or the kernels
+        of `tokamax`; `auto` chooses by platform, see `experts.choose_backend`.
       layers: `scan` (one compiled block) or `unroll` (each block its own, for overlap across).
       unroll: blocks in one step of the scan.
       remat: what a block's backward recomputes: `none` keeps everything, `full` recomputes the
@@ -115,6 +120,7 @@ class ComputeConfig(Checked):
     """
 
     dispatch: Dispatch = "gather"
+    grouped_matmul: GroupedMatmul = "auto"
     layers: Literal["scan", "unroll"] = "scan"
     unroll: int = 1
     remat: Remat = "none"

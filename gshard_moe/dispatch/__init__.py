@@ -1,6 +1,19 @@
-"""Dispatch: routing and capacity to slots, tokens into slots and back."""
+"""Dispatch: routing and capacity to slots or rows, tokens into them and back."""
 
-from gshard_moe.dispatch import einsum, gather
-from gshard_moe.dispatch.slots import Slots, assign, expert_choice, load
+from gshard_moe.dispatch import einsum, gather, rows
+from gshard_moe.dispatch.rows import Rows, Served, load, serve_all, served_slots
+from gshard_moe.dispatch.slots import Slots, assign, expert_choice
 
-__all__ = ["Slots", "assign", "einsum", "expert_choice", "gather", "load"]
+__all__ = [
+    "Rows",
+    "Served",
+    "Slots",
+    "assign",
+    "einsum",
+    "expert_choice",
+    "gather",
+    "load",
+    "rows",
+    "serve_all",
+    "served_slots",
+]

@@ -26,7 +26,7 @@ def dispatch(x_GSM: Float[Array, "G S M"], slots: Slots) -> Float[Array, "E G C 
     """
     num_groups, num_experts, capacity = slots.token_GEC.shape
     token_GX = slots.token_GEC.reshape(num_groups, -1)
-    xs_GXM = _fetch_tokens(x_GSM, token_GX, slots.slot_GSK)
+    xs_GXM = fetch_tokens(x_GSM, token_GX, slots.slot_GSK)
     return xs_GXM.reshape(num_groups, num_experts, capacity, -1).swapaxes(0, 1)
 
 
@@ -43,7 +43,7 @@ def combine(ys_EGCM: Float[Array, "E G C M"], slots: Slots) -> Float[Array, "G S
     num_experts, num_groups, capacity, _ = ys_EGCM.shape
     ys_GXM = ys_EGCM.swapaxes(0, 1).reshape(num_groups, num_experts * capacity, -1)
     token_GX = slots.token_GEC.reshape(num_groups, -1)
-    return _fetch_slots(ys_GXM, slots.gate_GSK, token_GX, slots.slot_GSK)
+    return fetch_slots(ys_GXM, slots.gate_GSK, token_GX, slots.slot_GSK)
 
 
 def _take(x_GAM: jax.Array, index_GX: jax.Array) -> jax.Array:
@@ -54,7 +54,8 @@ def _take(x_GAM: jax.Array, index_GX: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _fetch_tokens(x_GSM: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array) -> jax.Array:
+def fetch_tokens(x_GSM: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array) -> jax.Array:
+    """Returns the token of each slot [G, X, M]; zeros where `token_GX` is -1."""
     return _take(x_GSM, token_GX)
 
 
@@ -70,20 +71,21 @@ def _fetch_tokens_backward(saved: tuple, dxs_GXM: jax.Array) -> tuple:
     return _sum_of_slots(dxs_GXM, None, token_GX, slot_GSK), None, None
 
 
-_fetch_tokens.defvjp(_fetch_tokens_forward, _fetch_tokens_backward)
+fetch_tokens.defvjp(_fetch_tokens_forward, _fetch_tokens_backward)
 
 
 @jax.custom_vjp
-def _fetch_slots(
+def fetch_slots(
     ys_GXM: jax.Array, gate_GSK: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array
 ) -> jax.Array:
+    """Returns the sum of each token's slots [G, S, M], weighted by their gates."""
     return _sum_of_slots(ys_GXM, gate_GSK, token_GX, slot_GSK)
 
 
 def _fetch_slots_forward(
     ys_GXM: jax.Array, gate_GSK: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array
 ) -> tuple[jax.Array, tuple]:
-    y_GSM = _fetch_slots(ys_GXM, gate_GSK, token_GX, slot_GSK)
+    y_GSM = fetch_slots(ys_GXM, gate_GSK, token_GX, slot_GSK)
     return y_GSM, (ys_GXM, gate_GSK, token_GX, slot_GSK)
 
 
@@ -138,4 +140,4 @@ def _gate_of_slot(gate_GSK: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array)
     return jnp.where(mine_GXK, _take(gate_GSK, token_GX), 0).sum(axis=-1)
 
 
-_fetch_slots.defvjp(_fetch_slots_forward, _fetch_slots_backward)
+fetch_slots.defvjp(_fetch_slots_forward, _fetch_slots_backward)

@@ -44,8 +44,8 @@ def assign(
       num_experts: E.
       renormalize: `after_drops` scales the gates of a token's served choices to sum to `gate_sum`.
       gate_sum: the config's `routed_scaling`.
-      used_GE: slots that are already used, the first of each expert: of earlier parts of the same
-        groups.
+      used_GE: slots that are already used, the first of each expert: the `load` of earlier parts of
+        the same groups.
     Source: GShard, arXiv 2006.16668, algorithm 1 (`order` CHOICE); Switch Transformer, 2101.03961,
       section 2.1 and appendix B (FALLBACK); V-MoE, 2106.05974, section 4.1 (IMPORTANCE).
     """
@@ -65,8 +65,7 @@ def assign(
         token_GEC, slot_GSK = _serve(expert_GSK, capacity, used_GE, routing.order)
     gate_GSK = jnp.where(slot_GSK >= 0, routing.gate_GSK, 0.0)
     if renormalize == "after_drops":
-        total_GS1 = gate_GSK.sum(axis=-1, keepdims=True)
-        gate_GSK = gate_sum * gate_GSK / jnp.where(total_GS1 > 0, total_GS1, 1.0)
+        gate_GSK = renormalized(gate_GSK, gate_sum)
     return Slots(token_GEC, slot_GSK, gate_GSK)
 
 
@@ -122,7 +121,7 @@ def _serve(
         expert_GA = expert_GSK.swapaxes(1, 2).reshape(num_groups, -1)
     else:
         expert_GA = expert_GSK.reshape(num_groups, -1)
-    sorted_GA, first_GE, count_GE = _by_expert(expert_GA, num_experts)
+    sorted_GA, first_GE, count_GE = by_expert(expert_GA, num_experts)
     # A slot holds the choice at its place in the sorted order.
     place_GEC = jnp.arange(capacity)[None, None] - used_GE[..., None]
     holds_GEC = (place_GEC >= 0) & (place_GEC < count_GE[..., None])
@@ -159,12 +158,13 @@ def _serve_fallback(
     return token_GEC, jnp.concatenate(slots, axis=-1)
 
 
-def load(slots: Slots) -> Int[Array, "G E"]:
-    """Returns how many slots of each expert are used."""
-    return (slots.token_GEC >= 0).sum(axis=-1)
+def renormalized(gate_GSK: Float[Array, "G S K"], gate_sum: float) -> Float[Array, "G S K"]:
+    """Scales the gates of each token to sum to `gate_sum`; all zeros stay so."""
+    total_GS1 = gate_GSK.sum(axis=-1, keepdims=True)
+    return gate_sum * gate_GSK / jnp.where(total_GS1 > 0, total_GS1, 1.0)
 
 
-def _by_expert(expert_GA: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def by_expert(expert_GA: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sorts choices by expert, stably.
 
     Returns:

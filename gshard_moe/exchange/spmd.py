@@ -28,7 +28,7 @@ def exchange(
     weights: ExpertWeights,
     *,
     config: configs.MoEConfig,
-    dispatch: configs.Dispatch,
+    dispatch: configs.Dispatch = "gather",
     constrain: Constrain,
     use: Use,
     dropout_key_G: Key[Array, " G"] | None = None,
@@ -62,14 +62,13 @@ def exchange(
         xs_EGCM = constrain("slots_wire", constrain("slots_source", xs_EGCM))
         xs_EGCM = constrain("slots", xs_EGCM)
     with jax.named_scope("expert"):
-        ys_EGCM = experts.ffn(
-            weights,
-            xs_EGCM,
-            config,
+        form = experts.slots_form(
             constrain=constrain,
             use=use,
             dropout_key_G=dropout_key_G,
+            dropout=config.expert_dropout,
         )
+        ys_EGCM = experts.ffn(weights, xs_EGCM, config, form)
     with jax.named_scope("exchange"):
         ys_EGCM = constrain("slots_source", constrain("slots_wire", ys_EGCM))
     with jax.named_scope("combine"):

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from gshard_moe import cards, config
-from gshard_moe.layout import notation, sizes
+from gshard_moe.layout import notation, ragged, sizes
 
 # A parameter is `stored` between steps, `used` in the computation (the axes of `layout.gather`
 # dropped), and its master copy and moments are in the `optimizer`'s layout.
@@ -284,11 +284,14 @@ class Layout:
           source: the model card's name in messages.
         Raises:
           LayoutError: with every dim that its mesh axes do not divide, and if the tokens do not
-            divide by the group size or are too many for the model's positions.
+            divide by the group size or are too many for the model's positions; and why the
+            dispatch `ragged`, if the card asks for it, is impossible.
         """
         size_of = sizes.letter_sizes(model, batch_size, seq_len)
         mesh = self.axis_sizes
         faults = sizes.misfits(model, size_of, source)
+        if model.moe is not None:
+            faults += self._ragged_faults()
         ours = sizes.parameters_of(model)
         laid_out: list[tuple[str, Stage, str]] = []
         for role in (*ours, *notation.ACTIVATIONS):
@@ -307,6 +310,25 @@ class Layout:
             faults.append(f"{first}: {fault}" + (f"; so too {', '.join(also)}" if also else ""))
         if faults:
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
+
+    def check_ragged(self) -> None:
+        """Refuses the dispatch `ragged` where a device lacks what its rows need.
+
+        Raises:
+          LayoutError: with every reason.
+        """
+        if faults := self._ragged_faults():
+            raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
+
+    def _ragged_faults(self) -> list[str]:
+        if self.config.compute.dispatch != "ragged":
+            return []
+        mesh = self.axis_sizes
+
+        def axes_of(role: str, letter: str) -> tuple[str, ...]:
+            return tuple(axis for axis in self.axes_of(role, letter, "used") if mesh[axis] > 1)
+
+        return ragged.faults(axes_of)
 
     def _refuse_other_sizes(self, mesh: Mesh | AbstractMesh) -> None:
         """Refuses a mesh that is set and is not the one that this layout is bound to."""

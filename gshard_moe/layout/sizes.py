@@ -32,6 +32,7 @@ def letter_sizes(
             "C": moe.capacity(train=True),
             "K": moe.top_k,
             "H": moe.hidden_dim,
+            "R": sizes["B"] * sizes["L"] * moe.top_k,
         }
         if moe.shared_hidden_dim:
             sizes["U"] = moe.shared_hidden_dim

@@ -91,6 +91,9 @@ def moe(
     caller's, still carries the token. Where nothing is dropped the groups change nothing, and
     B * L may be anything: if it does not divide by the group size, each row is a group.
 
+    How tokens are moved, the layout's `compute.dispatch` says; without a layout, slots by `gather`,
+    or rows where there is no mesh and nothing is dropped.
+
     Works in an Auto mesh, in an Explicit one (the body runs under `auto_axes`, and the result has
     the layout of `tokens`), inside `shard_map` and without a mesh.
 
@@ -113,12 +116,15 @@ def moe(
     Raises:
       ValueError: if B * L does not divide by the group size, a shape or dtype is not the config's,
         or randomness is asked for without a key.
-      LayoutError: if a dim does not divide by its mesh axes, or the mesh mixes axis types.
+      LayoutError: if a dim does not divide by its mesh axes, the mesh mixes axis types, or the
+        layout does not suit the dispatch `ragged`.
     Source: GShard, arXiv 2006.16668, algorithm 2.
     """
     config = config.grouped(x_BLM.shape[:2], train=train)
     _check_shapes(weights, x_BLM, config, routing, mask_BL)
     _check_key(config, key, train=train)
+    if layout is not None:
+        layout.check_ragged()
     run = functools.partial(_moe, config=config, layout=layout, train=train)
     mesh = _mesh_of(x_BLM, layout)
     if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:
@@ -194,44 +200,45 @@ def _moe(
     lay = functools.partial(constrain, layout)
     groups = _groups(x_BLM, mask_BL, token_ids_BL, config, layout)
     noise_key_G, dropout_key_G = _keys(key if train else None, groups.x_GSM.shape[0])
-    capacity = config.capacity(train=train)
-    if config.router == "expert_choice" and forced is None:
-        with jax.named_scope("router"):
+    with jax.named_scope("router"):
+        if forced is not None:
+            chosen, slots = _without_padding(forced, groups.mask_GS), None
+        elif config.router == "expert_choice":
             chosen, slots = _expert_choice(
-                weights, groups, config, capacity, layout, noise_key_G, x_BLM.shape
+                weights, groups, config, layout, noise_key_G, x_BLM.shape, train=train
             )
-    else:
-        with jax.named_scope("router"):
-            if forced is None:
-                chosen = _route(weights, groups, config, layout, noise_key_G, x_BLM.shape)
-            else:
-                chosen = forced
-                if groups.mask_GS is not None:
-                    keep_GSK = forced.keep_GSK & groups.mask_GS[..., None]
-                    chosen = forced._replace(keep_GSK=keep_GSK)
+        else:
+            chosen = _route(weights, groups, config, layout, noise_key_G, x_BLM.shape)
+            slots = None
+    common: Any = {
+        "config": config,
+        "use": functools.partial(place, layout=layout),
+        "dropout_key_G": dropout_key_G if config.expert_dropout else None,
+    }
+    if _takes_rows(x_BLM, config, layout, train=train):
         with jax.named_scope("dispatch"):
-            slots = dispatch.assign(
-                chosen,
-                capacity,
-                num_experts=config.num_experts,
-                renormalize=config.renormalize,
-                gate_sum=config.routed_scaling,
-            )
-    y_GSM = exchange.spmd(
-        groups.x_GSM,
-        slots,
-        weights.experts,
-        config=config,
-        dispatch="gather" if layout is None else layout.config.compute.dispatch,
-        constrain=lay,
-        use=functools.partial(place, layout=layout),
-        dropout_key_G=dropout_key_G if config.expert_dropout else None,
-    )
+            served, limit = _served(chosen, slots, config, train=train)
+        y_GSM = exchange.rows(
+            groups.x_GSM, served, weights.experts, layout=layout, slots_of_group=limit, **common
+        )
+    else:
+        with jax.named_scope("dispatch"):
+            if slots is None:
+                slots = _slots(chosen, config, train=train)
+            served = dispatch.served_slots(slots)
+        y_GSM = exchange.spmd(
+            groups.x_GSM,
+            slots,
+            weights.experts,
+            dispatch="gather" if layout is None else layout.config.compute.dispatch,
+            constrain=lay,
+            **common,
+        )
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))
     if weights.shared is not None:
         with jax.named_scope("shared"):
             y_BLM = lay("tokens", y_BLM + _shared(weights.shared, x_BLM, config, layout))
-    return MoEOutput(y_BLM, _metrics(chosen, slots, config, x_BLM.shape))
+    return MoEOutput(y_BLM, _metrics(chosen, served, config, x_BLM.shape))
 
 
 def _groups(
@@ -300,10 +307,11 @@ def _expert_choice(
     weights: MoEWeights,
     groups: _Groups,
     config: configs.MoEConfig,
-    capacity: int,
     layout: Layout | None,
     key_G: jax.Array | None,
     shape_BLM: tuple[int, ...],
+    *,
+    train: bool,
 ) -> tuple[routing.Routing, dispatch.Slots]:
     """Returns what tokens would have chosen, for the statistics, and what experts chose."""
     logits_GSE = _logits(weights, groups, config, layout, key_G)
@@ -312,11 +320,60 @@ def _expert_choice(
     wished = routing.top_k(logits_GSE, config, mask_GS=groups.mask_GS, run=_run(config, shape_BLM))
     slots = dispatch.expert_choice(
         routing.probabilities(logits_GSE, config),
-        capacity,
+        config.capacity(train=train),
         mask_GS=groups.mask_GS,
         scale=config.routed_scaling,
     )
     return wished, slots
+
+
+def _takes_rows(
+    x_BLM: jax.Array, config: configs.MoEConfig, layout: Layout | None, *, train: bool
+) -> bool:
+    """Whether the layer computes in rows: as the card says, or if dropless and on no mesh.
+
+    Slots for every token of a group in every expert would cost E / K times as much.
+    """
+    if layout is not None:
+        return layout.config.compute.dispatch == "ragged"
+    return config.is_dropless(train=train) and _mesh_of(x_BLM, None).empty
+
+
+def _without_padding(forced: routing.Routing, mask_GS: jax.Array | None) -> routing.Routing:
+    if mask_GS is None:
+        return forced
+    return forced._replace(keep_GSK=forced.keep_GSK & mask_GS[..., None])
+
+
+def _slots(chosen: routing.Routing, config: configs.MoEConfig, *, train: bool) -> dispatch.Slots:
+    return dispatch.assign(
+        chosen,
+        config.capacity(train=train),
+        num_experts=config.num_experts,
+        renormalize=config.renormalize,
+        gate_sum=config.routed_scaling,
+    )
+
+
+def _served(
+    chosen: routing.Routing,
+    slots: dispatch.Slots | None,
+    config: configs.MoEConfig,
+    *,
+    train: bool,
+) -> tuple[dispatch.Served, int | None]:
+    """Returns who is served, and at most how many choices of a group; None: all of them."""
+    if slots is None and config.is_dropless(train=train):
+        served = dispatch.serve_all(
+            chosen,
+            num_experts=config.num_experts,
+            renormalize=config.renormalize,
+            gate_sum=config.routed_scaling,
+        )
+        return served, None
+    if slots is None:
+        slots = _slots(chosen, config, train=train)
+    return dispatch.served_slots(slots), math.prod(slots.token_GEC.shape[1:])
 
 
 def _shared(
@@ -345,14 +402,14 @@ def _run(config: configs.MoEConfig, shape_BLM: tuple[int, ...]) -> int:
 
 def _metrics(
     chosen: routing.Routing,
-    slots: dispatch.Slots,
+    served: dispatch.Served,
     config: configs.MoEConfig,
     shape_BLM: tuple[int, ...],
 ) -> MoEMetrics:
     stats = chosen.stats
-    in_groups = losses.in_runs_of(stats, slots.slot_GSK.shape[0])
-    load_E = dispatch.load(slots).sum(axis=0).astype(jnp.float32)
-    served_GSK, asked_GSK = slots.slot_GSK >= 0, chosen.keep_GSK
+    in_groups = losses.in_runs_of(stats, served.expert_GSK.shape[0])
+    load_E = dispatch.load(served, config.num_experts).sum(axis=0).astype(jnp.float32)
+    served_GSK, asked_GSK = served.expert_GSK >= 0, chosen.keep_GSK
     if chosen.order is routing.Order.FALLBACK or config.router == "expert_choice":
         served_GSK = served_GSK.any(axis=-1, keepdims=True)
         asked_GSK = asked_GSK[..., :1]

@@ -14,14 +14,9 @@ from gshard_moe.train import inventory
 
 # Used in float32, whatever the computation's dtype.
 _FLOAT32 = ("router", "head_norm", "vector")
-# The dim that a parameter's gradient sums over, and the activation that has it; others: the batch.
-_SUMMED_OVER = {
-    "expert_in": ("slots", "G"),
-    "expert_out": ("slots", "G"),
-    "expert_in_bias": ("slots", "G"),
-    "expert_out_bias": ("slots", "G"),
-    "router": ("groups", "G"),
-}
+# The dim that a parameter's gradient sums over, and the activation that has it. An expert's is of
+# slots or rows; of all others it is the batch.
+_SUMMED_OVER = {"router": ("groups", "G")}
 
 
 def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
@@ -46,10 +41,9 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
         moe = model.is_moe_block(i)
         passes += _tensor_parallel(model, layout, sizes, itemsize, moe=moe, again=again)
         if model.moe is not None and moe:
-            passes += exchange.spmd_collectives(
+            passes += exchange.collectives(
                 layout,
-                _shape("groups", sizes),
-                _shape("slots", sizes),
+                {role: _shape(role, sizes) for role in ("groups", "slots", "rows")},
                 itemsize,
                 num_inputs=2 if model.moe.gated else 1,
                 recomputed=recomputed,
@@ -74,7 +68,11 @@ def _parameter(
     # not needed there.
     looked_up = role in ("embed", "positions") or len(shape) == 1 or role.endswith("_bias")
     gathers = times(gathers, 1 if looked_up else 2)
-    over = set(layout.axes_of(*_SUMMED_OVER.get(role, ("tokens", "B"))))
+    summed_over = _SUMMED_OVER.get(role, ("tokens", "B"))
+    if role.startswith("expert_"):
+        ragged = layout.config.compute.dispatch == "ragged"
+        summed_over = ("rows", "R") if ragged else ("slots", "G")
+    over = set(layout.axes_of(*summed_over))
     if role == "head_norm":
         over |= set(layout.axes_of("queries", "N"))
     over -= used

@@ -1,8 +1,10 @@
-"""The experts' feed-forward network over slots.
+"""The experts' feed-forward network, over slots or over rows.
 
-E experts, G groups, C slots, M model width, H hidden width.
+E experts, G groups, C slots, M model width, H hidden width; in names, X are the dims of slots
+(E G C) or of rows (R).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,46 +63,85 @@ def activate(
     return jax.nn.relu(h) if kind == "relu" else jax.nn.gelu(h, approximate=True)
 
 
+class Form(NamedTuple):
+    """How tokens lie where experts compute: in slots, or in rows.
+
+    Attributes:
+      multiply: `multiply(role, x, weight_EXX)` takes each expert's tokens times its matrix.
+      bias: `bias(role, bias_EX)` is what is added to the tokens of each expert.
+      hidden: lays out the hidden layer.
+      drop: drops hidden units; None where none are.
+    """
+
+    multiply: Callable[[str, jax.Array, jax.Array], jax.Array]
+    bias: Callable[[str, jax.Array], jax.Array]
+    hidden: Callable[[jax.Array], jax.Array]
+    drop: Callable[[jax.Array], jax.Array] | None = None
+
+
 def ffn(
     weights: ExpertWeights,
-    xs_EGCM: Float[Array, "E G C M"],
+    xs_XM: Float[Array, "*X M"],
     moe: config.MoEConfig,
-    *,
-    constrain: Constrain,
-    use: Use,
-    dropout_key_G: Key[Array, " G"] | None = None,
-) -> Float[Array, "E G C M"]:
-    """Runs each expert on its slots.
+    form: Form,
+) -> Float[Array, "*X M"]:
+    """Runs each expert on its tokens.
 
     Args:
       weights: as stored.
-      xs_EGCM: an unused slot is zero; with biases its output is not, and no token reads it.
+      xs_XM: an unused slot is zero; with biases its output is not, and no token reads it.
       moe: of the experts.
-      constrain: `slots_hidden` is the hidden layer's role.
-      use: the roles are `expert_in`, `expert_out` and those of their biases.
-      dropout_key_G: drops hidden units of each group's slots with `expert_dropout`.
+      form: of `xs_XM`.
     """
 
     def into(weight_EMH: jax.Array, bias_EH: jax.Array | None) -> jax.Array:
-        h_EGCH = linear("egcm,emh->egch", xs_EGCM, weight_EMH, "expert_in", use)
-        return constrain("slots_hidden", _biased(h_EGCH, bias_EH, "expert_in_bias", use))
+        h_XH = form.multiply("expert_in", xs_XM, weight_EMH)
+        if bias_EH is not None:
+            h_XH = h_XH + form.bias("expert_in_bias", bias_EH.astype(h_XH.dtype))
+        return form.hidden(h_XH)
 
-    h_EGCH, gate_EGCH = into(weights.in_EMH, weights.in_bias_EH), None
+    h_XH, gate_XH = into(weights.in_EMH, weights.in_bias_EH), None
     if weights.gate_EMH is not None:
-        gate_EGCH = into(weights.gate_EMH, weights.gate_bias_EH)
-    h_EGCH = activate(moe.activation, h_EGCH, gate_EGCH, limit=moe.activation_limit)
-    if dropout_key_G is not None:
-        h_EGCH = constrain("slots_hidden", _dropped_out(h_EGCH, dropout_key_G, moe.expert_dropout))
-    ys_EGCM = linear("egch,ehm->egcm", h_EGCH, weights.out_EHM, "expert_out", use)
-    return _biased(ys_EGCM, weights.out_bias_EM, "expert_out_bias", use)
+        gate_XH = into(weights.gate_EMH, weights.gate_bias_EH)
+    h_XH = activate(moe.activation, h_XH, gate_XH, limit=moe.activation_limit)
+    if form.drop is not None:
+        h_XH = form.hidden(form.drop(h_XH))
+    ys_XM = form.multiply("expert_out", h_XH, weights.out_EHM)
+    if weights.out_bias_EM is None:
+        return ys_XM
+    return ys_XM + form.bias("expert_out_bias", weights.out_bias_EM.astype(ys_XM.dtype))
 
 
-def _dropped_out(h_EGCH: jax.Array, key_G: jax.Array, rate: float) -> jax.Array:
-    """Zeroes hidden units at random, by group and expert, and scales up the rest."""
-    expert_E = jnp.arange(h_EGCH.shape[0])
-    key_EG = jax.vmap(lambda e: jax.vmap(jax.random.fold_in, (0, None))(key_G, e))(expert_E)
-    keep = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, h_EGCH.shape[2:])))
-    return jnp.where(keep(key_EG), h_EGCH / (1 - rate), jnp.zeros((), h_EGCH.dtype))
+def slots_form(
+    *, constrain: Constrain, use: Use, dropout_key_G: Key[Array, " G"] | None, dropout: float
+) -> Form:
+    """Returns the form of slots [E, G, C, ...].
+
+    Args:
+      constrain: `slots_hidden` is the hidden layer's role.
+      use: lays out a weight for its use.
+      dropout_key_G: drops hidden units of each group's slots.
+      dropout: the share of them.
+    """
+
+    def multiply(role: str, xs_EGCX: jax.Array, weight_EXX: jax.Array) -> jax.Array:
+        return linear("egcx,exy->egcy", xs_EGCX, weight_EXX, role, use)
+
+    def bias(role: str, bias_EX: jax.Array) -> jax.Array:
+        return use(role, bias_EX)[:, None, None, :]
+
+    def drop(h_EGCH: jax.Array) -> jax.Array:
+        """Zeroes hidden units at random, by group and expert, and scales up the rest."""
+        assert dropout_key_G is not None
+        expert_E = jnp.arange(h_EGCH.shape[0])
+        of_groups = jax.vmap(jax.random.fold_in, (0, None))
+        fold = jax.vmap(functools.partial(of_groups, dropout_key_G))
+        keep = functools.partial(jax.random.bernoulli, p=1 - dropout, shape=h_EGCH.shape[2:])
+        keep_EGCH = jax.vmap(jax.vmap(keep))(fold(expert_E))
+        return jnp.where(keep_EGCH, h_EGCH / (1 - dropout), jnp.zeros((), h_EGCH.dtype))
+
+    hidden = functools.partial(constrain, "slots_hidden")
+    return Form(multiply, bias, hidden, None if dropout_key_G is None else drop)
 
 
 def linear(
@@ -130,7 +171,3 @@ def linear(
         return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
 
     return jax.checkpoint(multiply)(x, weight)
-
-
-def _biased(y: jax.Array, bias: jax.Array | None, role: str, use: Use) -> jax.Array:
-    return y if bias is None else y + use(role, bias.astype(y.dtype))[:, None, None, :]

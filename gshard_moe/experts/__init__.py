@@ -1,0 +1,26 @@
+"""Experts: the feed-forward network over slots or rows, and the grouped matmul of rows."""
+
+from gshard_moe.experts.ffn import (
+    Constrain,
+    ExpertWeights,
+    Form,
+    Use,
+    activate,
+    ffn,
+    linear,
+    slots_form,
+)
+from gshard_moe.experts.grouped import choose_backend, grouped_matmul
+
+__all__ = [
+    "Constrain",
+    "ExpertWeights",
+    "Form",
+    "Use",
+    "activate",
+    "choose_backend",
+    "ffn",
+    "grouped_matmul",
+    "linear",
+    "slots_form",
+]
