@@ -69,26 +69,31 @@ def small(name: str) -> config.ModelConfig:
     )
 
 
-# A card, what a block recomputes, and what the optimiser keeps elsewhere.
+# A card, what it changes in [compute], and what the optimiser keeps elsewhere.
 COMPILED = (
-    ("data", "none", {}),
-    ("expert", "none", {}),
-    ("expert_data", "none", {}),
-    ("expert_model", "none", {}),
-    ("expert_model", "full", {}),
-    ("fsdp", "none", {}),
-    ("expert_fsdp", "none", {}),
-    ("data", "none", {"dense_in": "M/data F", "dense_out": "F M/data", "embed": "V/data M"}),
+    ("data", {}, {}),
+    ("expert_model", {"dispatch": "ragged"}, {}),
+    ("expert_model", {"dispatch": "ragged", "remat": "full"}, {}),
+    ("expert", {}, {}),
+    ("expert_data", {}, {}),
+    ("expert_model", {}, {}),
+    ("expert_model", {"remat": "full"}, {}),
+    ("fsdp", {}, {}),
+    ("expert_fsdp", {}, {}),
+    ("data", {}, {"dense_in": "M/data F", "dense_out": "F M/data", "embed": "V/data M"}),
 )
 
 
-@pytest.mark.parametrize(("card", "remat", "optimizer"), COMPILED)
-def test_collectives_are_those_of_the_compiled_step(card, remat, optimizer):
+@pytest.mark.parametrize(("card", "changes", "optimizer"), COMPILED)
+def test_collectives_are_those_of_the_compiled_step(card, changes, optimizer):
     model = small("tiny")
     layout = Layout.load(card)
     # Unrolled, so that each collective stands in the text as often as it runs.
-    compute = dataclasses.replace(layout.config.compute, layers="unroll", remat=remat)
-    placed = dataclasses.replace(layout.config.layout, optimizer=optimizer)
+    compute = dataclasses.replace(layout.config.compute, layers="unroll", **changes)
+    gather = layout.config.layout.gather
+    if compute.dispatch == "ragged":
+        gather = (*gather, "expert")
+    placed = dataclasses.replace(layout.config.layout, optimizer=optimizer, gather=gather)
     sharding = dataclasses.replace(layout.config, compute=compute, layout=placed)
     layout = Layout(sharding, mesh=layout.mesh())
     trained = state.Model(model, layout)

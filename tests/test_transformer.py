@@ -75,7 +75,7 @@ def reference():
         {"remat": "full", "unroll": 2},
         {"remat": "dots_saveable", "layers": "unroll"},
         {"remat": "dots_with_no_batch_dims_saveable", "dispatch": "einsum"},
-        {"remat": "everything_saveable"},
+        {"remat": "everything_saveable", "dispatch": "ragged"},
     ],
     ids=str,
 )

@@ -51,7 +51,6 @@ def exchange(
     Returns:
       The weighted sum of each token's served experts.
     """
-    local = functools.partial(_on_each_device, layout)
     # Groups and rows are split alike; of the groups of a device, the rows are one list.
     split = P(_axes(layout, "groups", "G"))
     num_experts = config.num_experts
@@ -59,20 +58,23 @@ def exchange(
     def lay(role: str, x: jax.Array) -> jax.Array:
         return x if layout is None else layout.constrain(role, x)
 
-    def sort(x_GSM: jax.Array, expert_GSK: jax.Array) -> tuple:
+    def sort(expert_GSK: jax.Array) -> Rows:
         groups, _, top_k = expert_GSK.shape
         found = rows.sort_by_expert(
             expert_GSK.reshape(-1, top_k),
             num_experts=num_experts,
             max_rows=None if slots_of_group is None else groups * slots_of_group,
         )
-        xs_RM = rows.dispatch(x_GSM.reshape(-1, x_GSM.shape[-1]), found)
         # The rows of a device are a part of one dim of the global arrays, and so are its counts.
-        return xs_RM, found._replace(count_E=found.count_E[None])
+        return found._replace(count_E=found.count_E[None])
+
+    def dispatch(x_GSM: jax.Array, found: Rows) -> jax.Array:
+        return rows.dispatch(x_GSM.reshape(-1, x_GSM.shape[-1]), found)
 
     with jax.named_scope("dispatch"):
         places: Any = Rows(*[split] * 3)  # pyright: ignore[reportArgumentType]
-        xs_RM, found = local(sort, (split, split), (split, places))(x_GSM, served.expert_GSK)
+        found = _on_each_device(layout, sort, (split,), places)(served.expert_GSK)
+        xs_RM = _differentiably(layout, dispatch, (split, places), split)(x_GSM, found)
         xs_RM = lay("rows", xs_RM)
     with jax.named_scope("expert"):
         hidden = functools.partial(lay, "rows_hidden")
@@ -84,7 +86,8 @@ def exchange(
         return rows.combine(ys_RM, gate_TK, found).reshape(*gate_GSK.shape[:2], -1)
 
     with jax.named_scope("combine"):
-        return local(combine, (split, split, places), split)(ys_RM, served.gate_GSK, found)
+        run = _differentiably(layout, combine, (split, split, places), split)
+        return run(ys_RM, served.gate_GSK, found)
 
 
 def _form(
@@ -116,7 +119,8 @@ def _form(
         def gathered(x_RX: jax.Array, weight_EXX: jax.Array, count_DE: jax.Array) -> jax.Array:
             weight_EXX = use(role, weight_EXX.astype(x_RX.dtype))
             specs = P(row_axes, split_in), P(None, split_in, split_out), P(row_axes)
-            return local(product, specs, P(row_axes, split_out))(x_RX, weight_EXX, count_DE)
+            run = _differentiably(layout, product, specs, P(row_axes, split_out))
+            return run(x_RX, weight_EXX, count_DE)
 
         return gathered(x_RX, weight_EXX, found.count_E)
 
@@ -167,17 +171,46 @@ def collectives(
     return traffic.times(sums, 1 + recomputed + num_inputs)
 
 
+def _differentiably(
+    layout: Layout | None, f: Callable[..., jax.Array], in_specs: Sequence[Any], out_spec: P
+) -> Callable[..., jax.Array]:
+    """Runs `f(*arrays, fixed)` on each device's parts; differentiable in all but the last argument.
+
+    JAX 0.12 cannot take the gradient of one `shard_map` inside another, so the gradient is a
+    `shard_map` of its own here, which computes `f` again; what of it is not used, XLA removes.
+    """
+    local = functools.partial(_on_each_device, layout)
+
+    @jax.custom_vjp
+    def run(arrays: tuple, fixed: Any) -> jax.Array:
+        return local(f, tuple(in_specs), out_spec)(*arrays, fixed)
+
+    def forward(arrays: tuple, fixed: Any) -> tuple:
+        return run(arrays, fixed), (arrays, fixed)
+
+    def backward(saved: tuple, dy: jax.Array) -> tuple:
+        def gradients(arrays: tuple, fixed: Any, dy: jax.Array) -> tuple:
+            return jax.vjp(lambda *arrays: f(*arrays, fixed), *arrays)[1](dy)
+
+        *specs, fixed_spec = in_specs
+        of_arrays = tuple(specs)
+        return local(gradients, (of_arrays, fixed_spec, out_spec), of_arrays)(*saved, dy), None
+
+    run.defvjp(forward, backward)
+    return lambda *args: run(tuple(experts.varying_alike(*args[:-1])), args[-1])
+
+
 def _on_each_device(layout: Layout | None, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """Runs `f` on each device's parts; inside `shard_map`, on those that are there already."""
-    free = _free_axes(layout)
-    if layout is None or not free:
+    if layout is None:
         return f
     mesh = _mesh(layout)
-    ours = functools.partial(layouts.free_spec, mesh)
-    in_specs, out_specs = jax.tree.map(
-        ours, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P)
-    )
-    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(free))
+    free = functools.partial(layouts.free_spec, mesh)
+    specs = jax.tree.map(free, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P))
+    if all(spec == P(*[None] * len(spec)) for spec in jax.tree.leaves(specs)):
+        return f
+    axes = set(layouts.free_axes(mesh))
+    return jax.shard_map(f, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=axes)
 
 
 def _axes(layout: Layout | None, role: str, letter: str) -> tuple[str, ...]:

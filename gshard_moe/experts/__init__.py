@@ -10,7 +10,7 @@ from gshard_moe.experts.ffn import (
     linear,
     slots_form,
 )
-from gshard_moe.experts.grouped import choose_backend, grouped_matmul
+from gshard_moe.experts.grouped import choose_backend, grouped_matmul, varying_alike
 
 __all__ = [
     "Constrain",
@@ -23,4 +23,5 @@ __all__ = [
     "grouped_matmul",
     "linear",
     "slots_form",
+    "varying_alike",
 ]

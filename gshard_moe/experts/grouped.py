@@ -39,9 +39,7 @@ def grouped_matmul(
       The products, in the dtype of `x_RM`. Differentiable in both; the gradient of the matrices is
       taken once for all rows, and summed in float32.
     """
-    axes = _axes_varying(x_RM, weight_EMH, count_E)
-    x_RM, weight_EMH = _varying_over(axes, x_RM), _varying_over(axes, weight_EMH)
-    count_E = _varying_over(axes, count_E)
+    x_RM, weight_EMH, count_E = varying_alike(x_RM, weight_EMH, count_E)
     if backend == "loops":
         return _loops(x_RM, weight_EMH, count_E)
     if backend == "ragged_dot":
@@ -174,15 +172,19 @@ def _with_room(x_RX: jax.Array) -> jax.Array:
 
 def _zeros_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Returns zeros that vary over the same manual axes as `x`."""
-    return _varying_over(_axes_varying(x), jnp.zeros(shape, dtype))
+    return varying_alike(jnp.zeros(shape, dtype), x)[0]
 
 
-def _axes_varying(*arrays: jax.Array) -> frozenset[str]:
-    """Returns the mesh axes, manual in a `shard_map`, over which any of the arrays varies."""
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Marks arrays as varying over every manual axis, of a `shard_map`, that any varies over.
 
+    The gradient of one that did not vary is summed over those axes.
+    """
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset().union(*axes)
 
-def _varying_over(axes: frozenset[str], x: jax.Array) -> jax.Array:
-    """Marks an array as varying over these axes too; its gradient is summed over them."""
-    more = tuple(axes - _axes_varying(x))
-    return jax.lax.pcast(x, more, to="varying") if more else x
+    def marked(x: jax.Array, own: frozenset[str]) -> jax.Array:
+        more = tuple(every - own)
+        return jax.lax.pcast(x, more, to="varying") if more else x
+
+    return [marked(x, own) for x, own in zip(arrays, axes, strict=True)]
