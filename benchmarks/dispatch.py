@@ -9,9 +9,7 @@ slots, E * G * C, whatever the number of groups.
 of tokens, router and expert weights, for a fixed cotangent of the output and one of 1 for both
 router losses.
 
-All rows run once in a round, in an order shuffled anew; a ratio is the median over rounds of a
-row's time over the bound's time in the same round, so that a busy machine slows both. Memory is
-XLA's: the temporary buffers of the compiled program.
+Times and memory: see `report.timed`.
 
     python benchmarks/dispatch.py
     python benchmarks/dispatch.py --rounds 5
@@ -21,9 +19,6 @@ Required: gather, in one group, within 1.25 of the bound.
 
 import dataclasses
 import os
-import random
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -34,6 +29,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import report  # noqa: E402
 import tyro  # noqa: E402
+from report import timed  # noqa: E402
 
 from gshard_moe import Layout, MoEConfig, MoEWeights, load_sharding, moe  # noqa: E402
 from gshard_moe import experts as ffns  # noqa: E402
@@ -113,8 +109,8 @@ def layer(options: Options, dispatch: Literal["gather", "einsum"], groups: int) 
 
     weights, x_BLM, dy_BLM = arguments(options)
     return {
-        "forward": compiled(forward, weights, x_BLM),
-        "with backward": compiled(backward, weights, x_BLM, dy_BLM),
+        "forward": timed.compiled(forward, weights, x_BLM),
+        "with backward": timed.compiled(backward, weights, x_BLM, dy_BLM),
     }
 
 
@@ -128,30 +124,17 @@ def matmuls(options: Options) -> dict:
 
     def forward(experts: ffns.ExpertWeights, xs_EGCM: jax.Array) -> jax.Array:
         as_it_is = lambda role, x: x  # noqa: E731
-        return ffns.ffn(experts, xs_EGCM, config, constrain=as_it_is, use=as_it_is)
+        form = ffns.slots_form(constrain=as_it_is, use=as_it_is, dropout_key_G=None, dropout=0.0)
+        return ffns.ffn(experts, xs_EGCM, config, form)
 
     def backward(experts: ffns.ExpertWeights, xs_EGCM: jax.Array, dys_EGCM: jax.Array) -> tuple:
         out, pullback = jax.vjp(forward, experts, xs_EGCM)
         return out, pullback(dys_EGCM)
 
     return {
-        "forward": compiled(forward, weights.experts, xs_EGCM),
-        "with backward": compiled(backward, weights.experts, xs_EGCM, dys_EGCM),
+        "forward": timed.compiled(forward, weights.experts, xs_EGCM),
+        "with backward": timed.compiled(backward, weights.experts, xs_EGCM, dys_EGCM),
     }
-
-
-def compiled(run: Callable, *args: Any) -> tuple[jax.stages.Compiled, tuple]:
-    """Compiles, and runs once."""
-    program = jax.jit(run).lower(*args).compile()
-    jax.block_until_ready(program(*args))
-    return program, args
-
-
-def milliseconds(program: jax.stages.Compiled, args: tuple) -> float:
-    """Times one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(program(*args))
-    return 1e3 * (time.perf_counter() - start)
 
 
 def check(rows: dict[str, dict]) -> None:
@@ -177,35 +160,16 @@ def measure(options: Options) -> dict[str, Any]:
         "einsum, 1 group": layer(options, "einsum", 1),
     }
     check(rows)
-    order = [(name, way) for name in rows for way in WAYS]
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in order}
-    shuffled = random.Random(0)
-    for _ in range(options.rounds):
-        shuffled.shuffle(order)
-        for name, way in order:
-            times[name, way].append(milliseconds(*rows[name][way]))
+    programs = {(name, way): rows[name][way] for name in rows for way in WAYS}
+    times = timed.interleaved(programs, options.rounds)
     found: dict[str, Any] = {"setting": where, "options": dataclasses.asdict(options), "rows": {}}
-    for name, programs in rows.items():
+    for name in rows:
         found["rows"][name] = {
-            way: about(times[name, way], times[BOUND, way], programs[way][0]) for way in WAYS
+            way: timed.about(times[name, way], times[BOUND, way], rows[name][way]) for way in WAYS
         }
     measured = {way: found["rows"]["gather, 1 group"][way]["ratio"] for way in WAYS}
     found["required"] = {"gather, 1 group": REQUIRED, "met": max(measured.values()) <= REQUIRED}
     return found
-
-
-def about(mine: list[float], bound: list[float], program: jax.stages.Compiled) -> dict[str, float]:
-    """Returns one row's numbers for one way."""
-    memory = program.memory_analysis()
-    assert memory is not None
-    return {
-        "median_ms": statistics.median(mine),
-        "min_ms": min(mine),
-        "bound_ms": statistics.median(bound),
-        "ratio": statistics.median(a / b for a, b in zip(mine, bound, strict=True)),
-        "ratio_of_minima": min(mine) / min(bound),
-        "temp_mib": memory.temp_size_in_bytes / 2**20,
-    }
 
 
 def show(found: dict[str, Any]) -> None:
@@ -213,23 +177,10 @@ def show(found: dict[str, Any]) -> None:
     options = found["options"]
     sizes = ", ".join(f"{key}={value}" for key, value in options.items())
     print(f"{sizes}; float32, one CPU device")
-    head = ["", "median ms", "min ms", "bound ms", "ratio", "of minima", "temp MiB"]
     for way in WAYS:
-        rows = []
-        for name, ways in found["rows"].items():
-            row = ways[way]
-            numbers = [row["median_ms"], row["min_ms"], row["bound_ms"]]
-            ratios = [row["ratio"], row["ratio_of_minima"]]
-            rows.append(
-                [
-                    name,
-                    *(f"{number:.1f}" for number in numbers),
-                    *(f"{ratio:.2f}" for ratio in ratios),
-                    f"{row['temp_mib']:.0f}",
-                ]
-            )
+        rows = [timed.row(name, ways[way]) for name, ways in found["rows"].items()]
         print(f"\n{way}")
-        print(report.table(head, rows))
+        print(report.table(timed.HEAD, rows))
     gather = found["rows"]["gather, 1 group"]
     got = ", ".join(f"{gather[way]['ratio']:.2f} {way}" for way in WAYS)
     verdict = "holds" if found["required"]["met"] else "DOES NOT HOLD"

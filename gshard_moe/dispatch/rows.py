@@ -77,14 +77,19 @@ def load(served: Served, num_experts: int) -> Int[Array, "G E"]:
 
 
 def sort_by_expert(
-    expert_TK: Int[Array, "T K"], *, num_experts: int, max_rows: int | None = None
+    expert_TK: Int[Array, "T K"],
+    *,
+    num_experts: int,
+    max_rows: int | None = None,
+    room: int = 0,
 ) -> Rows:
     """Sorts the choices of one device by expert, stably.
 
     Args:
       expert_TK: -1 where there is no row.
       num_experts: E.
-      max_rows: R, if fewer than T * K are known to be enough.
+      max_rows: how many rows are enough; default: T * K.
+      room: rows of nobody that are added at the end.
     """
     tokens, choices = expert_TK.shape
     there_TK = expert_TK >= 0
@@ -92,6 +97,7 @@ def sort_by_expert(
     (sorted_A,), _, (count_E,) = by_expert(expert_1A, num_experts)
     num_rows = tokens * choices if max_rows is None else min(max_rows, tokens * choices)
     choice_R = jnp.where(jnp.arange(num_rows) < count_E.sum(), sorted_A[:num_rows], -1)
+    choice_R = jnp.pad(choice_R, (0, room), constant_values=-1)
     row_A = jnp.argsort(sorted_A)  # the inverse of a permutation
     return Rows(choice_R, jnp.where(there_TK, row_A.reshape(tokens, choices), -1), count_E)
 

@@ -54,6 +54,9 @@ def exchange(
     # Groups and rows are split alike; of the groups of a device, the rows are one list.
     split = P(_axes(layout, "groups", "G"))
     num_experts = config.num_experts
+    asked = "auto" if layout is None else layout.config.compute.grouped_matmul
+    backend = experts.choose_backend(asked, _platform(layout))
+    room = experts.ROOM if backend == "loops" else 0
 
     def lay(role: str, x: jax.Array) -> jax.Array:
         return x if layout is None else layout.constrain(role, x)
@@ -64,6 +67,7 @@ def exchange(
             expert_GSK.reshape(-1, top_k),
             num_experts=num_experts,
             max_rows=None if slots_of_group is None else groups * slots_of_group,
+            room=room,
         )
         # The rows of a device are a part of one dim of the global arrays, and so are its counts.
         return found._replace(count_E=found.count_E[None])
@@ -78,7 +82,8 @@ def exchange(
         xs_RM = lay("rows", xs_RM)
     with jax.named_scope("expert"):
         hidden = functools.partial(lay, "rows_hidden")
-        form = _form(layout, found, config, use, hidden, dropout_key_G)
+        product = functools.partial(experts.grouped_matmul, backend=backend, room=room)
+        form = _form(layout, found, config, use, product, hidden, dropout_key_G)
         ys_RM = lay("rows", experts.ffn(weights, xs_RM, config, form))
 
     def combine(ys_RM: jax.Array, gate_GSK: jax.Array, found: Rows) -> jax.Array:
@@ -95,6 +100,7 @@ def _form(
     found: Rows,
     config: configs.MoEConfig,
     use: Use,
+    grouped_matmul: Callable[..., jax.Array],
     hidden: Callable[[jax.Array], jax.Array],
     dropout_key_G: jax.Array | None,
 ) -> experts.Form:
@@ -102,8 +108,6 @@ def _form(
     local = functools.partial(_on_each_device, layout)
     row_axes = _axes(layout, "groups", "G")
     hidden_axes = _axes(layout, "rows_hidden", "H")
-    asked = "auto" if layout is None else layout.config.compute.grouped_matmul
-    backend = experts.choose_backend(asked, _platform(layout))
 
     def multiply(role: str, x_RX: jax.Array, weight_EXX: jax.Array) -> jax.Array:
         split_in = hidden_axes if role == "expert_out" else ()
@@ -111,7 +115,7 @@ def _form(
         partial_over = [axis for axis in split_in if axis in _free_axes(layout)]
 
         def product(x_RX: jax.Array, weight_EXX: jax.Array, count_1E: jax.Array) -> jax.Array:
-            y_RX = experts.grouped_matmul(x_RX, weight_EXX, count_1E[0], backend=backend)
+            y_RX = grouped_matmul(x_RX, weight_EXX, count_1E[0])
             return jax.lax.psum(y_RX, partial_over) if partial_over else y_RX
 
         # Gathered for this use and not kept: see `experts.linear`.

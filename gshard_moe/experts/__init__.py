@@ -10,12 +10,13 @@ from gshard_moe.experts.ffn import (
     linear,
     slots_form,
 )
-from gshard_moe.experts.grouped import choose_backend, grouped_matmul, varying_alike
+from gshard_moe.experts.grouped import ROOM, choose_backend, grouped_matmul, varying_alike
 
 __all__ = [
     "Constrain",
     "ExpertWeights",
     "Form",
+    "ROOM",
     "Use",
     "activate",
     "choose_backend",

@@ -6,8 +6,7 @@ R rows, E experts, M and H the widths.
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,12 @@ from jaxtyping import Array, Float, Int
 from gshard_moe import config
 
 _log = logging.getLogger(__name__)
-# Rows of one product in `loops`: as many as fit of the first size, then of the next. With these,
-# few rows are computed in vain for experts of few rows, and few products are small.
-_TILES = (256, 64, 16)
+# Rows of one product in `loops`. What an expert has beyond whole tiles is one more product, of the
+# next multiple of `_STEP` rows: small products are slow, and so are rows computed in vain.
+_TILE, _STEP = 256, 16
+# Rows at the end that are nobody's, for a last tile to reach into: a slice past the end would be
+# moved back.
+ROOM = _TILE
 
 
 def grouped_matmul(
@@ -27,6 +29,7 @@ def grouped_matmul(
     count_E: Int[Array, " E"],
     *,
     backend: config.GroupedMatmulBackend,
+    room: int = 0,
 ) -> Float[Array, "R H"]:
     """Multiplies each expert's rows by its matrix.
 
@@ -35,13 +38,17 @@ def grouped_matmul(
       weight_EMH: of the dtype of `x_RM`.
       count_E: their sum is at most R. What follows are no expert's rows, and hold anything after.
       backend: `choose_backend` gives it.
+      room: how many rows at the end are surely nobody's; `loops` copies, if fewer than `ROOM` are.
     Returns:
       The products, in the dtype of `x_RM`. Differentiable in both; the gradient of the matrices is
       taken once for all rows, and summed in float32.
     """
     x_RM, weight_EMH, count_E = varying_alike(x_RM, weight_EMH, count_E)
     if backend == "loops":
-        return _loops(x_RM, weight_EMH, count_E)
+        if room >= ROOM:
+            return _loops(x_RM, weight_EMH, count_E)
+        padded_RM = jnp.pad(x_RM, ((0, ROOM - room), (0, 0)))
+        return _loops(padded_RM, weight_EMH, count_E)[: x_RM.shape[0]]
     if backend == "ragged_dot":
         return jax.lax.ragged_dot(x_RM, weight_EMH, count_E)
     import tokamax  # pyright: ignore[reportMissingImports] - an extra
@@ -79,9 +86,9 @@ def choose_backend(asked: config.GroupedMatmul, platform: str) -> config.Grouped
 
 @jax.custom_vjp
 def _loops(x_RM: jax.Array, weight_EMH: jax.Array, count_E: jax.Array) -> jax.Array:
-    """Goes through each expert's rows in tiles, with as many turns as there are tiles.
+    """Goes from expert to expert, and through the rows of each in tiles; there is `ROOM`.
 
-    Nothing is padded: a last tile that reaches into the next expert's rows is written over by it.
+    No expert is padded: a last tile that reaches into the next expert's rows is written over by it.
     """
     return _products(x_RM, weight_EMH, count_E, contract=0)
 
@@ -106,73 +113,79 @@ def _products(
 ) -> jax.Array:
     """Returns `x W` of each expert, or `x W^T` for `contract=1`."""
     rows, width = x_RX.shape[0], weight_EMH.shape[2 - contract]
-    x_RX = _with_room(x_RX)
 
-    def step(y_RY: jax.Array, expert: jax.Array, row: jax.Array, tile: int, _: Any) -> jax.Array:
-        weight_MH = jax.lax.dynamic_index_in_dim(weight_EMH, expert, keepdims=False)
-        x_TX = jax.lax.dynamic_slice_in_dim(x_RX, row, tile)
-        y_TY = jax.lax.dot_general(x_TX, weight_MH, (((1,), (contract,)), ((), ())))
-        return jax.lax.dynamic_update_slice_in_dim(y_RY, y_TY, row, 0)
+    def of_expert(y_RY: jax.Array, expert: tuple) -> tuple[jax.Array, None]:
+        weight_MH, first, count = expert
 
-    y_RY = _zeros_like(x_RX, (x_RX.shape[0], width), x_RX.dtype)
-    return _walk(count_E, rows, y_RY, step)[:rows]
+        def put(y_RY: jax.Array, done: jax.Array, tile: int) -> jax.Array:
+            x_TX = jax.lax.dynamic_slice_in_dim(x_RX, first + done, tile)
+            y_TY = jax.lax.dot_general(x_TX, weight_MH, (((1,), (contract,)), ((), ())))
+            return jax.lax.dynamic_update_slice_in_dim(y_RY, y_TY, first + done, 0)
+
+        whole = count - count % _TILE
+        y_RY = _whole_tiles(whole, y_RY, lambda y_RY, done: put(y_RY, done, _TILE))
+        rest = [functools.partial(put, done=whole, tile=tile) for tile in _rests(rows)]
+        return _last_tile(count - whole, y_RY, lambda y_RY: y_RY, rest), None
+
+    y_RY = varying_alike(jnp.zeros((rows, width), x_RX.dtype), x_RX)[0]
+    experts = weight_EMH, jnp.cumsum(count_E) - count_E, count_E
+    return jax.lax.scan(of_expert, y_RY, experts)[0]
 
 
 def _weight_gradient(x_RM: jax.Array, dy_RH: jax.Array, count_E: jax.Array) -> jax.Array:
     """Returns `x^T dy` of each expert, float32."""
-    rows, shape = x_RM.shape[0], (count_E.shape[0], x_RM.shape[1], dy_RH.shape[1])
-    x_RM, dy_RH = _with_room(x_RM), _with_room(dy_RH)
+    rows, shape = x_RM.shape[0], (x_RM.shape[1], dy_RH.shape[1])
 
-    def step(
-        dw_EMH: jax.Array, expert: jax.Array, row: jax.Array, tile: int, left: jax.Array
-    ) -> jax.Array:
-        x_TM = jax.lax.dynamic_slice_in_dim(x_RM, row, tile)
-        dy_TH = jax.lax.dynamic_slice_in_dim(dy_RH, row, tile)
-        if tile == _TILES[-1]:  # may reach into the next expert's rows, or those of none
-            mine_T1 = jnp.arange(tile)[:, None] < left
-            x_TM, dy_TH = jnp.where(mine_T1, x_TM, 0), jnp.where(mine_T1, dy_TH, 0)
-        dw_MH = jax.lax.dot_general(
-            x_TM, dy_TH, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        return dw_EMH.at[expert].add(dw_MH)
+    def of_expert(_: None, expert: tuple) -> tuple[None, jax.Array]:
+        first, count = expert
+        whole = count - count % _TILE
 
-    return _walk(count_E, rows, _zeros_like(x_RM, shape, jnp.float32), step)
+        def tiles(done: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
+            x_TM = jax.lax.dynamic_slice_in_dim(x_RM, first + done, tile)
+            return x_TM, jax.lax.dynamic_slice_in_dim(dy_RH, first + done, tile)
+
+        def add(dw_MH: jax.Array, done: jax.Array) -> jax.Array:
+            return dw_MH + _transposed_product(*tiles(done, _TILE))
+
+        def last(_: jax.Array, tile: int) -> jax.Array:
+            # May reach into the next expert's rows, or those of none, which hold anything.
+            mine_T1 = jnp.arange(tile)[:, None] < count - whole
+            x_TM, dy_TH = tiles(whole, tile)
+            return _transposed_product(jnp.where(mine_T1, x_TM, 0), jnp.where(mine_T1, dy_TH, 0))
+
+        rest = [functools.partial(last, tile=tile) for tile in _rests(rows)]
+        zeros_MH = varying_alike(jnp.zeros(shape, jnp.float32), x_RM)[0]
+        dw_MH = _last_tile(count - whole, zeros_MH, lambda zeros_MH: zeros_MH, rest)
+        return None, _whole_tiles(whole, dw_MH, add)
+
+    return jax.lax.scan(of_expert, None, (jnp.cumsum(count_E) - count_E, count_E))[1]
 
 
-def _walk(
-    count_E: jax.Array, rows: int, carry: jax.Array, step: Callable[..., jax.Array]
+def _transposed_product(x_TM: jax.Array, dy_TH: jax.Array) -> jax.Array:
+    contract = (((0,), (0,)), ((), ()))
+    return jax.lax.dot_general(x_TM, dy_TH, contract, preferred_element_type=jnp.float32)
+
+
+def _whole_tiles(whole: jax.Array, carry: jax.Array, step: Callable[..., jax.Array]) -> jax.Array:
+    """Calls `step(carry, done)` for `done` = 0, `_TILE`, ... below `whole`."""
+
+    def one(state: tuple) -> tuple:
+        done, carry = state
+        return done + _TILE, step(carry, done)
+
+    return jax.lax.while_loop(lambda state: state[0] < whole, one, (0 * whole, carry))[1]
+
+
+def _last_tile(
+    left: jax.Array, carry: jax.Array, none: Callable, rest: Sequence[Callable]
 ) -> jax.Array:
-    """Calls `step(carry, expert, row, tile, left)` for each tile of each expert's rows."""
-    first_E = jnp.cumsum(count_E) - count_E
-    tiles = [tile for tile in _TILES if tile <= rows or tile == _TILES[-1]]
-
-    def walk_expert(expert: jax.Array, carry: jax.Array) -> jax.Array:
-        first, count = first_E[expert], count_E[expert]
-        done = jnp.zeros_like(count)
-        for tile in tiles:
-            least = 1 if tile == _TILES[-1] else tile
-
-            def fits(state: tuple, least: int = least) -> jax.Array:
-                return count - state[0] >= least
-
-            def one(state: tuple, tile: int = tile) -> tuple:
-                done, carry = state
-                return done + tile, step(carry, expert, first + done, tile, count - done)
-
-            done, carry = jax.lax.while_loop(fits, one, (done, carry))
-        return carry
-
-    return jax.lax.fori_loop(0, count_E.shape[0], walk_expert, carry)
+    """Calls the one of `rest` whose tile is the least that holds `left` rows; `none` if 0."""
+    return jax.lax.switch((left + _STEP - 1) // _STEP, [none, *rest], carry)
 
 
-def _with_room(x_RX: jax.Array) -> jax.Array:
-    """Adds rows for the last tile to reach into: a slice past the end would be moved back."""
-    return jnp.pad(x_RX, ((0, _TILES[-1]), (0, 0)))
-
-
-def _zeros_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Returns zeros that vary over the same manual axes as `x`."""
-    return varying_alike(jnp.zeros(shape, dtype), x)[0]
+def _rests(rows: int) -> range:
+    """Returns the tiles that what is left of an expert may need, among so many rows."""
+    return range(_STEP, min(_TILE, rows - ROOM + _STEP - 1) + 1, _STEP)
 
 
 def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
