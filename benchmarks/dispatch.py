@@ -19,7 +19,6 @@ Required: gather, in one group, within 1.25 of the bound.
 
 import dataclasses
 import os
-from collections.abc import Callable
 from typing import Any, Literal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

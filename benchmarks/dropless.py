@@ -100,7 +100,7 @@ def weights_of(options: Options, num_experts: int) -> MoEWeights:
 def layer(
     options: Options, config: MoEConfig, expert_GSK: np.ndarray, dispatch: str, **compute: str
 ) -> dict[str, timed.Program]:
-    """Returns the compiled layer, forward and with backward; the output's cotangent is its input."""
+    """Returns the compiled layer, forward and with backward, whose cotangent is the input."""
     card = load_sharding("single")
     ways = dataclasses.replace(card.compute, dispatch=dispatch, **compute)
     card = dataclasses.replace(card, compute=ways)
