@@ -12,7 +12,16 @@ from gshard_moe.config import (
     TrainConfig,
 )
 from gshard_moe.layout import Layout, LayoutError
-from gshard_moe.nn import MoE, MoEMetrics, MoEOutput, MoEWeights, Transformer, moe, route
+from gshard_moe.nn import (
+    MoE,
+    MoEMetrics,
+    MoEOutput,
+    MoEWeights,
+    Transformer,
+    dense_mixture,
+    moe,
+    route,
+)
 from gshard_moe.routing import Routing
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "ShardingConfig",
     "TrainConfig",
     "Transformer",
+    "dense_mixture",
     "load_model",
     "load_sharding",
     "moe",

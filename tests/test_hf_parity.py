@@ -1,7 +1,7 @@
 """The MoE blocks of Hugging Face transformers, computed by ours from their weights.
 
 `fixtures/make_hf.py` made the fixtures with torch: weights, inputs, outputs and gradients of the
-blocks of Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss, tiny and at random.
+blocks of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss, tiny and at random.
 """
 
 import functools
@@ -21,6 +21,7 @@ from gshard_moe.nn import SharedWeights
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "hf"
 BLOCKS = (
     "mixtral",
+    "qwen2_moe",
     "qwen3_moe",
     "qwen3_moe_unnormalized",
     "olmoe",
@@ -65,8 +66,10 @@ def config_of(name: str) -> MoEConfig:
             hidden_dim=theirs["intermediate_size"],
             activation_limit=theirs["limit"],
         )
+    if name == "qwen2_moe":
+        sizes["shared_hidden_dim"] = theirs["shared_expert_intermediate_size"]
     return MoEConfig.preset(
-        "hf_mixtral",
+        "hf_qwen2_moe" if name == "qwen2_moe" else "hf_mixtral",
         **sizes,
         hidden_dim=arrays["weight/experts.down_proj"].shape[-1],
         renormalize="before_drops" if normalized else "none",
@@ -93,15 +96,20 @@ def weights_of(name: str, get) -> MoEWeights:
         gate_EMH=up[..., :hidden],
         out_EHM=get("experts.down_proj").swapaxes(1, 2),
     )
-    if name != "deepseek_v3":
-        return MoEWeights(get("gate.weight").T, experts)
+    router_ME = get("gate.weight").T
+    if name not in ("deepseek_v3", "qwen2_moe"):
+        return MoEWeights(router_ME, experts)
+    part = "shared_experts" if name == "deepseek_v3" else "shared_expert"
     shared = SharedWeights(
-        in_MU=get("shared_experts.up_proj.weight").T,
-        out_UM=get("shared_experts.down_proj.weight").T,
-        gate_MU=get("shared_experts.gate_proj.weight").T,
+        in_MU=get(f"{part}.up_proj.weight").T,
+        out_UM=get(f"{part}.down_proj.weight").T,
+        gate_MU=get(f"{part}.gate_proj.weight").T,
     )
+    if name == "qwen2_moe":
+        shared = shared._replace(router_M=get("shared_expert_gate.weight")[0])
+        return MoEWeights(router_ME, experts, shared=shared)
     bias_E = get("gate.e_score_correction_bias")
-    return MoEWeights(get("gate.weight").T, experts, selection_bias_E=bias_E, shared=shared)
+    return MoEWeights(router_ME, experts, selection_bias_E=bias_E, shared=shared)
 
 
 def weights(name: str) -> MoEWeights:

@@ -384,6 +384,21 @@ def test_wrong_dtypes_are_refused(monkeypatch):
     ]
 
 
+def test_einsum_warns_where_its_masks_outgrow_the_experts():
+    def trace(dispatch: str, group_size: int) -> None:
+        config = cases.moe_config(group_size=group_size, hidden_dim=12)
+        layout = cases.layout("single", dispatch=dispatch)
+        weights = MoE(config, rngs=nnx.Rngs(0)).weights
+        x_BLM = jnp.zeros((1, group_size, 16))
+        jax.eval_shape(functools.partial(moe, config=config, layout=layout), weights, x_BLM)
+
+    trace("einsum", 12)  # warnings are errors here
+    trace("gather", 13)
+    message = r"group_size=13 is more than hidden_dim=12, .* \[G, S, E, C\] = \[1, 13, 8, 13\] are"
+    with pytest.warns(UserWarning, match=message):
+        trace("einsum", 13)
+
+
 def test_groups_that_do_not_divide_by_their_axes_are_refused():
     config = cases.moe_config(group_size=8)
     layer, _ = example(config)

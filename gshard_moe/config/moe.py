@@ -82,6 +82,8 @@ class MoEConfig(Checked):
       importance_loss_weight, load_loss_weight: of Shazeer's two losses, V-MoE's form; the second
         needs `logits_normal`.
       shared_hidden_dim: U, the hidden width of the shared experts in total; 0: there are none.
+      shared_router: whether the shared experts' output is multiplied by the sigmoid of a learned
+        logit of the token (Qwen2-MoE's `shared_expert_gate`).
       activation_limit: of `swiglu_clamped`.
       router_init_scale: s of the router's truncated normal, sigma = sqrt(s / M).
       expert_init_scale: the same for the experts' matrices (Switch: 0.1).
@@ -122,6 +124,7 @@ class MoEConfig(Checked):
     importance_loss_weight: float = 0.0
     load_loss_weight: float = 0.0
     shared_hidden_dim: int = 0
+    shared_router: bool = False
     activation_limit: float = 7.0
     router_init_scale: float = 1.0
     expert_init_scale: float = 1.0
@@ -282,6 +285,12 @@ class MoEConfig(Checked):
             ("load_loss_weight", "noise"),
             lambda: not self.load_loss_weight or self.noise == "logits_normal",
             "needs the noise logits_normal",
+        )
+        faults.require(
+            "shared_router",
+            ("shared_router", "shared_hidden_dim"),
+            lambda: not self.shared_router or self.shared_hidden_dim > 0,
+            "needs shared experts: shared_hidden_dim > 0",
         )
         faults.require(
             "selection_bias_rate",

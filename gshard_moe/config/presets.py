@@ -64,6 +64,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "aux_loss_scale": "hf",
         "aux_loss_scope": "batch",
     },
+    # Qwen1.5-MoE and Qwen2-MoE, arXiv 2407.10671, as Hugging Face's Qwen2MoeSparseMoeBlock computes
+    # it: 4 of 60 or 8 of 64 experts, and a shared one with a gate of its own.
+    "hf_qwen2_moe": _DROPLESS
+    | {
+        "top_k": 4,
+        "renormalize": "none",
+        "shared_router": True,
+        "aux_loss_weight": 0.001,
+        "aux_loss_scale": "hf",
+        "aux_loss_scope": "batch",
+    },
     # arXiv 2412.19437, sections 2.1.2 and 4.2.
     "deepseek_v3": _DROPLESS
     | {

@@ -9,6 +9,7 @@ G groups, S tokens, E experts, C slots, M model width.
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -40,7 +41,7 @@ def exchange(
       slots: who goes where.
       weights: of all experts, as stored.
       config: of the experts.
-      dispatch: `gather` or `einsum`.
+      dispatch: `gather` or `einsum`, which warns where its masks outgrow the experts.
       constrain: lays out a tensor by its role.
       use: lays out a weight for its use.
       dropout_key_G: a key for each group, where hidden units are dropped.
@@ -49,6 +50,7 @@ def exchange(
     Source: GShard, arXiv 2006.16668, algorithm 2 and section 3.2.
     """
     if dispatch == "einsum":
+        _warn_of_masks(x_GSM.shape[:2], slots.token_GEC.shape, config.hidden_dim)
         gate_GSK = slots.gate_GSK.astype(x_GSM.dtype)
         served_GSK = (slots.slot_GSK >= 0).astype(x_GSM.dtype)
         dispatch_GSEC = constrain("mask", einsum.mask(slots, served_GSK))
@@ -73,6 +75,20 @@ def exchange(
         ys_EGCM = constrain("slots_source", constrain("slots_wire", ys_EGCM))
     with jax.named_scope("combine"):
         return combine(ys_EGCM)
+
+
+def _warn_of_masks(shape_GS: Sequence[int], shape_GEC: Sequence[int], hidden_dim: int) -> None:
+    """Warns where the masks cost more than the experts: two products of S against two of H."""
+    (G, S), (_, E, C) = shape_GS, shape_GEC
+    if S <= hidden_dim:
+        return
+    warnings.warn(
+        f'dispatch "einsum": group_size={S} is more than hidden_dim={hidden_dim}, so the masks '
+        f"[G, S, E, C] = {[G, S, E, C]} are larger than the experts' hidden layer, and to multiply "
+        "by them costs what the experts cost; both grow with the square of group_size: use "
+        'compute.dispatch = "gather", which computes the same, or smaller groups',
+        stacklevel=2,
+    )
 
 
 def collectives(

@@ -2,6 +2,7 @@
 
 from gshard_moe.nn.attention import Attention, Cache, rotate
 from gshard_moe.nn.dense import DenseFFN
+from gshard_moe.nn.dense_mixture import dense_mixture
 from gshard_moe.nn.moe import MoE, MoEMetrics, MoEOutput, SelectionBias, moe, route
 from gshard_moe.nn.moe_weights import MoEWeights, SharedWeights
 from gshard_moe.nn.norm import Norm
@@ -22,6 +23,7 @@ __all__ = [
     "SharedWeights",
     "Transformer",
     "TransformerOutput",
+    "dense_mixture",
     "moe",
     "rotate",
     "route",

@@ -16,12 +16,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gshard_moe import config as configs
-from gshard_moe import dispatch, exchange, experts, losses, routing
+from gshard_moe import dispatch, exchange, losses, routing
 from gshard_moe import layout as layouts
 from gshard_moe.layout import Layout
 from gshard_moe.nn import moe_weights
-from gshard_moe.nn.moe_weights import MoEWeights, SharedWeights
+from gshard_moe.nn.moe_weights import MoEWeights
 from gshard_moe.nn.parameter import constant, constrain, matrix, place
+from gshard_moe.nn.shared_experts import shared_experts
 
 
 class MoEMetrics(NamedTuple):
@@ -237,7 +238,7 @@ def _moe(
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))
     if weights.shared is not None:
         with jax.named_scope("shared"):
-            y_BLM = lay("tokens", y_BLM + _shared(weights.shared, x_BLM, config, layout))
+            y_BLM = lay("tokens", y_BLM + shared_experts(weights.shared, x_BLM, config, layout))
     return MoEOutput(y_BLM, _metrics(chosen, served, config, x_BLM.shape))
 
 
@@ -374,23 +375,6 @@ def _served(
     if slots is None:
         slots = _slots(chosen, config, train=train)
     return dispatch.served_slots(slots), math.prod(slots.token_GEC.shape[1:])
-
-
-def _shared(
-    weights: SharedWeights, x_BLM: jax.Array, config: configs.MoEConfig, layout: Layout | None
-) -> jax.Array:
-    """Runs every token through the shared experts, once, whatever the experts are split over."""
-    use = functools.partial(place, layout=layout)
-
-    def into(weight_MU: jax.Array) -> jax.Array:
-        h_BLU = experts.linear("blm,mu->blu", x_BLM, weight_MU, "shared_in", use)
-        return constrain(layout, "shared_hidden", h_BLU)
-
-    gate_BLU = None if weights.gate_MU is None else into(weights.gate_MU)
-    h_BLU = experts.activate(
-        config.activation, into(weights.in_MU), gate_BLU, limit=config.activation_limit
-    )
-    return experts.linear("blu,um->blm", h_BLU, weights.out_UM, "shared_out", use)
 
 
 def _run(config: configs.MoEConfig, shape_BLM: tuple[int, ...]) -> int:

@@ -21,11 +21,13 @@ class SharedWeights(NamedTuple):
     Attributes:
       in_MU, out_UM: its matrices.
       gate_MU: the gated half of SwiGLU's input.
+      router_M: of `shared_router`.
     """
 
     in_MU: Float[Array, "M U"]
     out_UM: Float[Array, "U M"]
     gate_MU: Float[Array, "M U"] | None = None
+    router_M: Float[Array, " M"] | None = None
 
 
 class MoEWeights(NamedTuple):
@@ -78,6 +80,7 @@ PLACES = {
     "shared_in": "shared.in_MU",
     "shared_gate": "shared.gate_MU",
     "shared_out": "shared.out_UM",
+    "shared_router": "shared.router_M",
 }
 
 
@@ -104,6 +107,8 @@ def specs(config: configs.MoEConfig) -> dict[str, Spec]:
         if config.gated:
             found["shared_gate"] = Spec((M, U), "shared_in", scale)
         found["shared_out"] = Spec((U, M), "shared_out", scale)
+        if config.shared_router:
+            found["shared_router"] = Spec((M,), "vector", None)
     return found
 
 
