@@ -211,7 +211,9 @@ def test_the_wheel_carries_the_cards_where_they_are_looked_for():
     ["", "nowhere", "../shardings/expert", "Tiny", "/etc/passwd", "tiny ", "tiny\0", "x" * 10**5],
 )
 def test_a_name_is_that_of_a_card_and_no_path(name: str):
-    with pytest.raises(CardError, match=r"^models: a card must exist; got .*; the models are gpt2"):
+    with pytest.raises(
+        CardError, match=r"^models: a card must exist; got .*; the models are deepseek_v3"
+    ):
         cards.load_model(name)
 
 

@@ -22,7 +22,7 @@ import oracle
 import pytest
 from flax import nnx
 
-from gshard_moe import MoE, MoEConfig, dispatch, losses, moe, routing
+from gshard_moe import MoE, MoEConfig, dense_mixture, dispatch, losses, moe, routing
 
 # A softmax and a sum of float32 numbers of order 1.
 TOLERANCE = 2e-5
@@ -41,7 +41,9 @@ class Peer:
       capacity: slots of an expert, of (tokens, experts, choices, factor).
       serve: yields `(token, choice)` in the order in which slots are asked for, of probabilities.
       gates: of a token's chosen probabilities, before any is dropped.
-      loss: of the share of all choices [E], of first choices [E], of the mean probability [E], K.
+      loss: of the share of all choices [E], of first choices [E], of the mean probability [E], K;
+        None where it depends on how large the batch is.
+      softly: nothing is dropped; a full expert's gates are scaled down, and renormalised.
     """
 
     name: str
@@ -50,7 +52,8 @@ class Peer:
     capacity: Callable[[int, int, int, float], int]
     serve: Callable[[np.ndarray, int], list[tuple[int, int]]]
     gates: Callable[[np.ndarray], np.ndarray]
-    loss: Callable[[np.ndarray, np.ndarray, np.ndarray, int], float]
+    loss: Callable[[np.ndarray, np.ndarray, np.ndarray, int], float] | None
+    softly: bool = False
 
 
 def by_choice(probability_SE: np.ndarray, top_k: int) -> list[tuple[int, int]]:
@@ -185,6 +188,16 @@ PEERS = [
         to_one,
         lambda all_E, first_E, mean_E, k: E * k * float((all_E * mean_E).sum()),
     ),
+    Peer(
+        "EasyDeL",
+        "_apply_capacity_constraint; its default loss takes counts where others take shares",
+        _config(capacity_rule="easydel", renormalize="after_drops"),
+        lambda s, e, k, f: int(s * f / e),
+        by_token,
+        as_they_are,
+        None,
+        softly=True,
+    ),
 ]
 
 
@@ -194,7 +207,7 @@ def example() -> jax.Array:
     return jax.random.normal(jax.random.key(3), (1, S, M)) + 0.5
 
 
-def by_rules(peer: Peer, probability_SE: np.ndarray) -> tuple[list, np.ndarray, float]:
+def by_rules(peer: Peer, probability_SE: np.ndarray) -> tuple[list, np.ndarray, float | None]:
     """Returns who is served `(token, choice)`, the gates [S, E] and the loss."""
     k = peer.config.top_k
     factor = peer.config.eval_capacity_factor
@@ -204,13 +217,17 @@ def by_rules(peer: Peer, probability_SE: np.ndarray) -> tuple[list, np.ndarray, 
     used, served, gate_SE = [0] * E, [], np.zeros((S, E))
     for s, i in peer.serve(probability_SE, k):
         e = chosen[s][i]
-        if used[e] < capacity:
-            used[e] += 1
+        used[e] += 1
+        if used[e] <= capacity or peer.softly:
             served.append((s, i))
             gate_SE[s, e] = gates[s][i]
+    if peer.softly:
+        gate_SE *= np.minimum(1, capacity / np.maximum(used, 1))
+        gate_SE /= gate_SE.sum(axis=1, keepdims=True)
     all_E = np.bincount(np.array(chosen).ravel(), minlength=E) / (S * k)
     first_E = np.bincount(np.array(chosen)[:, 0], minlength=E) / S
-    return served, gate_SE, peer.loss(all_E, first_E, probability_SE.mean(axis=0), k)
+    loss = peer.loss and peer.loss(all_E, first_E, probability_SE.mean(axis=0), k)
+    return served, gate_SE, loss
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
@@ -223,28 +240,35 @@ def test_a_peers_rules_are_our_config(peer: Peer):
     served, gate_SE, loss = by_rules(peer, probability_SE)
     logits_GSE = routing.router_logits(x_BLM, layer.weights.router_ME)
     chosen = routing.top_k(logits_GSE, config)
+    if peer.softly:
+        chosen = dispatch.softened(chosen, config.capacity(train=False), num_experts=E)
     slots = dispatch.assign(
         chosen,
-        config.capacity(train=False),
+        config.slots(train=False),
         num_experts=E,
         renormalize=config.renormalize,
     )
     assert {tuple(pair) for pair in np.argwhere(np.asarray(slots.slot_GSK[0]) >= 0)} == set(served)
-    if peer.config.capacity(train=False) < S:
+    if peer.config.slots(train=False) < S:
         assert len(served) < S * config.top_k, "the example must drop something"
     ours_SE = np.zeros((S, E))
     expert_SK = np.asarray(chosen.expert_GSK[0])
     for s, k in np.ndindex(expert_SK.shape):
         ours_SE[s, expert_SK[s, k]] += float(slots.gate_GSK[0, s, k])
     np.testing.assert_allclose(ours_SE, gate_SE, rtol=0, atol=TOLERANCE)
-    metrics = jax.jit(moe, static_argnums=2)(layer.weights, x_BLM, config).metrics
-    np.testing.assert_allclose(metrics.aux_loss, loss, rtol=TOLERANCE)
+    y_BLM, metrics = jax.jit(moe, static_argnums=2)(layer.weights, x_BLM, config)
+    mixture = functools.partial(dense_mixture, gate_BLE=jnp.asarray(gate_SE, jnp.float32)[None])
+    want_BLM = mixture(layer.weights, x_BLM, config)
+    limit = TOLERANCE * np.abs(want_BLM).max()
+    np.testing.assert_allclose(y_BLM, want_BLM, rtol=0, atol=limit)
+    if loss is not None:
+        np.testing.assert_allclose(metrics.aux_loss, loss, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
 def test_a_peers_capacity_is_our_rule_at_any_size(peer: Peer):
     rule = peer.config
-    if rule.is_dropless(train=False):
+    if rule.is_unlimited(train=False):
         assert rule.capacity(train=False) == S
         return
     for tokens, experts, factor in np.ndindex(40, 9, 8):
@@ -277,16 +301,20 @@ def table() -> str:
     for peer in PEERS:
         k = peer.config.top_k
         even_E = np.full(E, 1 / E)
-        loss = peer.loss(even_E, even_E, even_E, k)
+        loss = (
+            f"{peer.loss(even_E, even_E, even_E, k):.4g}" if peer.loss else "grows with the batch"
+        )
         slots, at = "all", ""
         first, factor = "nobody waits", peer.config.eval_capacity_factor
         if isinstance(factor, float):
             slots = " / ".join(str(peer.capacity(100, 8, k, f)) for f in (1.0, 1.25))
             first, at = order[peer.serve], f" ({factor:g})"
         sums = "1" if peer.gates is to_one else "their probability"
+        if peer.softly:
+            first, sums = "all, a full expert's gates times C / n", "1"
         served = _served(peer)
         lines.append(
-            f"| {peer.name} | {slots} | {first} | {sums} | {loss:.4g} | {served} of {S * k}{at} |"
+            f"| {peer.name} | {slots} | {first} | {sums} | {loss} | {served} of {S * k}{at} |"
         )
     lines += ["", "Sources:", ""]
     lines += [f"- {peer.name}: {peer.source}" for peer in PEERS]
@@ -309,6 +337,8 @@ def test_the_table_of_differences_is_this():
 def test_losses_at_balance_are_those_of_the_table():
     """By the layer: uniform logits, and a routing that is balanced by hand."""
     for peer in PEERS:
+        if peer.loss is None:
+            continue
         config = dataclasses.replace(peer.config, num_experts=E)
         k = config.top_k
         logits_GSE = jnp.zeros((1, S, E))

@@ -32,7 +32,8 @@ def test_it_is_the_training_state(model, make):
     layout = make()
     state = abstract_state(Model(cards.load_model(model), layout))
     # Beside parameters and moments optax keeps counters.
-    arrays = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
+    kept = state.params, state.biases, state.opt_state
+    arrays = [leaf for leaf in jax.tree.leaves(kept) if leaf.ndim]
     expected = [(a.shape, a.dtype.name, a.sharding.shard_shape(a.shape)) for a in arrays]
     found = [(t.shape, t.dtype, t.shape_per_device) for t in _kept(layout, model=model)]
     assert sorted(found) == sorted(expected)
@@ -80,7 +81,7 @@ def test_activations_are_of_the_microbatch_in_the_computations_dtype(dtype):
     model = dataclasses.replace(model, train=train)
     tensors = inventory.tensors(model, Layout.load("expert_data").on(8))
     found = {t.role: t for t in tensors if t.kind == "activation"}
-    assert set(ACTIVATIONS) - set(found) == {"shared_hidden", "rows", "rows_hidden"}
+    assert set(ACTIVATIONS) - set(found) == {"shared_hidden"}
     for role in ("tokens", "groups", "slots", "mask", "dense_hidden", "cache"):
         assert found[role].dtype == dtype
     for role in ("logits", "router_logits"):

@@ -39,7 +39,16 @@ def test_a_run_writes_its_files_and_learns(whole):
     assert [line["step"] for line in trained] == list(range(1, 13))
     assert list(trained[0]) == [
         *("step", "loss", "total_loss", "bpb", "aux_loss", "z_loss", "dropped"),
-        *("load_max_over_mean", "grad_norm", "lr", "tokens_per_s", "skipped"),
+        *(
+            "load_max_over_mean",
+            "unused",
+            "entropy",
+            "confidence",
+            "grad_norm",
+            "lr",
+            "tokens_per_s",
+            "skipped",
+        ),
     ]
     evaluated = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [6, 12]
@@ -51,6 +60,8 @@ def test_a_run_writes_its_files_and_learns(whole):
     router = 0.01 * last["aux_loss"] + 0.001 * last["z_loss"]
     assert last["total_loss"] == pytest.approx(last["loss"] + router, rel=1e-5)
     assert 0 <= last["dropped"] < 1 <= last["load_max_over_mean"] <= 8
+    assert 0 < last["entropy"] <= math.log(8) and 1 / 8 <= last["confidence"] <= 1
+    assert 0 <= last["unused"] < 8
     assert list((run / "tensorboard").iterdir())
     assert sorted(path.name for path in (run / "checkpoints").glob("*.json")) == [
         *("00000004.json", "00000008.json", "00000012.json")

@@ -11,7 +11,18 @@ from tensorboardX.proto.event_pb2 import Event
 from gshard_moe.train.metrics import MetricsError, MetricsLog
 
 NAMES = (
-    *("loss", "total_loss", "bpb", "aux_loss", "z_loss", "dropped", "load_max_over_mean"),
+    *(
+        "loss",
+        "total_loss",
+        "bpb",
+        "aux_loss",
+        "z_loss",
+        "dropped",
+        "load_max_over_mean",
+        "unused",
+        "entropy",
+        "confidence",
+    ),
     *("grad_norm", "lr", "tokens_per_s", "skipped"),
 )
 

@@ -129,7 +129,7 @@ class ModelConfig(Checked):
             "moe.group_size",
             ("moe.group_size", "train.batch_size", "train.accumulate", "train.seq_len"),
             lambda: (
-                moe.is_dropless(train=True)
+                moe.is_unlimited(train=True)
                 or self.train.microbatch_size * self.train.seq_len % moe.group_size == 0
             ),
             "must divide the tokens of a forward pass, batch_size / accumulate * seq_len",

@@ -16,7 +16,15 @@ Noise = Literal["none", "input_jitter", "logits_uniform", "logits_normal"]
 Priority = Literal["token", "choice", "importance"]
 Renormalize = Literal["none", "before_drops", "after_drops"]
 CapacityRule = Literal[
-    "ceil", "gshard_paper", "praxis", "axlearn", "flaxformer", "vmoe", "maxtext", "switch_mtf"
+    "ceil",
+    "gshard_paper",
+    "praxis",
+    "axlearn",
+    "flaxformer",
+    "vmoe",
+    "maxtext",
+    "switch_mtf",
+    "easydel",
 ]
 CapacityFactor = float | Literal["dropless"]
 AuxLossScale = Literal["switch", "gshard_paper", "praxis", "hf", "levanter"]
@@ -259,6 +267,15 @@ class MoEConfig(Checked):
             "needs top_k=1, and a priority of token or choice",
         )
         require(
+            "capacity_rule",
+            ("capacity_rule", "router", "renormalize"),
+            lambda: (
+                self.capacity_rule != "easydel"
+                or (self.router == "top_k" and self.renormalize == "after_drops")
+            ),
+            'easydel needs router="top_k", renormalize="after_drops"',
+        )
+        require(
             "reroute_rounds",
             ("reroute_rounds", "num_experts"),
             lambda: self.reroute_rounds < max(self.num_experts, 1),
@@ -311,6 +328,10 @@ class MoEConfig(Checked):
 
     def is_dropless(self, *, train: bool) -> bool:
         """Whether every choice is served, however many there are."""
+        return self.is_unlimited(train=train) or self.capacity_rule == "easydel"
+
+    def is_unlimited(self, *, train: bool) -> bool:
+        """Whether experts have no capacity at all, so that no token matters to another."""
         return (self.capacity_factor if train else self.eval_capacity_factor) == "dropless"
 
     def grouped(self, shape_BL: Sequence[int], *, train: bool) -> "MoEConfig":
@@ -318,12 +339,12 @@ class MoEConfig(Checked):
 
         Only where nothing is dropped, and the groups change nothing but the scope of the loss.
         """
-        if not self.is_dropless(train=train) or math.prod(shape_BL) % self.group_size == 0:
+        if not self.is_unlimited(train=train) or math.prod(shape_BL) % self.group_size == 0:
             return self
         return self.dropless(group_size=max(shape_BL[-1], 1))
 
     def capacity(self, *, train: bool) -> int:
-        """Returns C, the slots of one expert for one group of S = `group_size` tokens.
+        """Returns the capacity of one expert for one group of S = `group_size` tokens.
 
         With f the capacity factor, the rules are
 
@@ -335,9 +356,12 @@ class MoEConfig(Checked):
             vmoe          ceil(K S f / E), up to a multiple of 4    (moe.py, compute_capacity)
             maxtext       floor(max(ceil(K S / E) f, f))            (moe.py, generate_masks)
             switch_mtf    floor(S f / E), at most S, at least 4     (Mesh-TensorFlow, moe.py)
+            easydel       floor(S f / E), softly: see below         (_apply_capacity_constraint)
 
-        and at least 1. Bounds that some libraries set for a *device* (buffer sizes) are not among
-        them: they make the function depend on the mesh.
+        and at least 1; S where the factor is "dropless". With `easydel` nothing is dropped: the
+        gates of an expert that n > C choices fell on are multiplied by C / n, and then each token's
+        gates are renormalised (`after_drops`). Bounds that some libraries set for a *device*
+        (buffer sizes) are not among the rules: they make the function depend on the mesh.
         """
         factor = self.capacity_factor if train else self.eval_capacity_factor
         S, E, K = self.group_size, self.num_experts, self.top_k
@@ -356,9 +380,14 @@ class MoEConfig(Checked):
             "flaxformer": lambda: max(round(exact(1)), 4),
             "vmoe": lambda: -(-math.ceil(exact(K)) // 4) * 4,
             "maxtext": lambda: math.floor(round(max(math.ceil(K * S / E) * factor, factor), 9)),
+            "easydel": lambda: math.floor(exact(1)),
             "switch_mtf": lambda: max(min(math.floor(exact(1)), S), 4),
         }
         return max(slots[self.capacity_rule](), 1)
+
+    def slots(self, *, train: bool) -> int:
+        """Returns C, the slots of an expert for one group: its capacity, or S if all are served."""
+        return self.group_size if self.is_dropless(train=train) else self.capacity(train=train)
 
     def dropless(self, *, group_size: int) -> "MoEConfig":
         """Returns this config with every choice served.

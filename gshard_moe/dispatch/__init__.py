@@ -1,7 +1,7 @@
 """Dispatch: routing and capacity to slots or rows, tokens into them and back."""
 
 from gshard_moe.dispatch import einsum, gather, rows
-from gshard_moe.dispatch.rows import Rows, Served, load, serve_all, served_slots
+from gshard_moe.dispatch.rows import Rows, Served, load, serve_all, served_slots, softened
 from gshard_moe.dispatch.slots import Slots, assign, expert_choice
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "rows",
     "serve_all",
     "served_slots",
+    "softened",
 ]

@@ -16,6 +16,7 @@ from gshard_moe import config
 from gshard_moe.dispatch import gather
 from gshard_moe.dispatch.slots import Slots, by_expert, renormalized
 from gshard_moe.routing import Order, Routing
+from gshard_moe.routing.select import of_experts
 
 
 class Served(NamedTuple):
@@ -68,6 +69,20 @@ def serve_all(
     if renormalize == "after_drops":
         gate_GSK = renormalized(gate_GSK, gate_sum)
     return Served(jnp.where(there_GSK, expert_GSK, -1), gate_GSK)
+
+
+def softened(routing: Routing, capacity: int, *, num_experts: int) -> Routing:
+    """Multiplies the gates of an expert that n > C choices of a group fell on by C / n.
+
+    Nothing is dropped. The caller renormalises each token's gates (`after_drops`).
+
+    Source: EasyDeL, `_apply_capacity_constraint`, whose group is all tokens.
+    """
+    load_GE = load(serve_all(routing, num_experts=num_experts), num_experts)
+    share_GE = jnp.minimum(1.0, capacity / jnp.maximum(load_GE, 1))
+    share_GSE = jnp.broadcast_to(share_GE[:, None], (*routing.gate_GSK.shape[:2], num_experts))
+    share_GSK = of_experts(share_GSE, routing.expert_GSK)
+    return routing._replace(gate_GSK=routing.gate_GSK * share_GSK)
 
 
 def load(served: Served, num_experts: int) -> Int[Array, "G E"]:

@@ -29,7 +29,7 @@ def letter_sizes(
             "G": sizes["B"] * sizes["L"] // moe.group_size,
             "S": moe.group_size,
             "E": moe.num_experts,
-            "C": moe.capacity(train=True),
+            "C": moe.slots(train=True),
             "K": moe.top_k,
             "H": moe.hidden_dim,
             "R": sizes["B"] * sizes["L"] * moe.top_k,

@@ -211,6 +211,9 @@ def _moe(
         else:
             chosen = _route(weights, groups, config, layout, noise_key_G, x_BLM.shape)
             slots = None
+        if config.capacity_rule == "easydel" and not config.is_unlimited(train=train):
+            limit = config.capacity(train=train)
+            chosen = dispatch.softened(chosen, limit, num_experts=config.num_experts)
     common: Any = {
         "config": config,
         "use": functools.partial(place, layout=layout),
@@ -349,7 +352,7 @@ def _without_padding(forced: routing.Routing, mask_GS: jax.Array | None) -> rout
 def _slots(chosen: routing.Routing, config: configs.MoEConfig, *, train: bool) -> dispatch.Slots:
     return dispatch.assign(
         chosen,
-        config.capacity(train=train),
+        config.slots(train=train),
         num_experts=config.num_experts,
         renormalize=config.renormalize,
         gate_sum=config.routed_scaling,

@@ -15,7 +15,7 @@ from flax import nnx
 from gshard_moe import config as configs
 from gshard_moe.layout import Layout, Stage, letter_sizes
 from gshard_moe.layout.notation import ACTIVATIONS
-from gshard_moe.nn import Transformer
+from gshard_moe.nn import SelectionBias, Transformer
 
 Kind = Literal["parameter", "moment", "activation"]
 # AdamW's, as optax names them.
@@ -46,7 +46,8 @@ class Tensor(NamedTuple):
       bytes_per_device: of the part on one device.
       kind: `parameter` and `moment` are kept between steps; an `activation` lives within one, and
         stands for all of its role: there may be one in each layer, kept or recomputed, and none
-        where the card computes without it (`mask` is of the einsum dispatch, `cache` of sampling).
+        where the card computes without it (`mask` is of the dispatch `einsum`, `rows` of `ragged`,
+        `cache` of sampling).
     """
 
     role: str
@@ -96,6 +97,8 @@ def tensors(model: configs.ModelConfig, layout: Layout, *, source: str = "model"
             copies.append(_parameter(layout, role, f"copy.{path}", shape, "stored", "activation"))
         for name, found in moments.items():
             found.append(master._replace(path=f"{name}.{path}", kind="moment"))
+    for path, role, shape in _variables(model, SelectionBias):  # which no optimiser sees
+        masters.append(_parameter(layout, role, path, shape, "stored", "parameter"))
     return [*masters, *sum(moments.values(), []), *copies, *_activations(model, layout)]
 
 
@@ -120,10 +123,16 @@ def count_parameters(model: configs.ModelConfig) -> ParameterCount:
 
 
 def parameters(model: configs.ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yields path, role and shape of every parameter, of a model that is never made."""
+    """Yields path, role and shape of every parameter that is trained, of a model never made."""
+    return _variables(model, nnx.Param)
+
+
+def _variables(
+    model: configs.ModelConfig, kind: type[nnx.Variable]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     made = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(params=jax.random.key(0))))
-    for path, param in nnx.to_flat_state(nnx.state(made, nnx.Param)):
-        yield ".".join(map(str, path)), param.get_metadata("role"), param.get_value().shape
+    for path, variable in nnx.to_flat_state(nnx.state(made, kind)):
+        yield ".".join(map(str, path)), variable.get_metadata("role"), variable.get_value().shape
 
 
 def _activations(model: configs.ModelConfig, layout: Layout) -> Iterator[Tensor]:

@@ -24,6 +24,9 @@ class StepMetrics(NamedTuple):
       aux_loss, z_loss: unweighted, mean over MoE layers; 0 for a dense model.
       dropped: share of choices that found no slot, mean over MoE layers.
       load_max_over_mean: load of the busiest expert over the mean load, mean over MoE layers.
+      unused: experts without a token, mean over MoE layers.
+      entropy: of the router, nats, mean over tokens and MoE layers; log E is undecided.
+      confidence: the router's largest probability, mean over tokens and MoE layers.
       grad_norm: global, before clipping.
       lr: the learning rate of this step.
       skipped: steps skipped so far.
@@ -36,6 +39,9 @@ class StepMetrics(NamedTuple):
     z_loss: Float[Array, ""]
     dropped: Float[Array, ""]
     load_max_over_mean: Float[Array, ""]
+    unused: Float[Array, ""]
+    entropy: Float[Array, ""]
+    confidence: Float[Array, ""]
     grad_norm: Float[Array, ""]
     lr: Float[Array, ""]
     skipped: Int32[Array, ""]
@@ -50,6 +56,9 @@ class LossParts(NamedTuple):
     z_loss: Float[Array, ""]
     dropped: Float[Array, ""]
     load_max_over_mean: Float[Array, ""]
+    unused: Float[Array, ""]
+    entropy: Float[Array, ""]
+    confidence: Float[Array, ""]
     chosen_LE: Float[Array, "layers E"]
 
 
@@ -68,17 +77,20 @@ def loss_fn(
         nats_BL = optax.softmax_cross_entropy_with_integer_labels(output.logits_BLV, targets_BL)
         loss, zero = nats_BL.mean(), jnp.zeros(())
         if output.metrics is None:
-            return loss, LossParts(loss, zero, zero, zero, jnp.ones(()), jnp.zeros((0, 0)))
+            none = dict.fromkeys(LossParts._fields, zero) | {
+                "loss": loss,
+                "load_max_over_mean": jnp.ones(()),
+                "chosen_LE": jnp.zeros((0, 0)),
+            }
+            return loss, LossParts(**none)
         moe, metrics = model.config.moe, output.metrics
         assert moe is not None
-        parts = LossParts(
-            loss,
-            metrics.aux_loss.mean(),
-            metrics.z_loss.mean(),
-            metrics.dropped.mean(),
-            metrics.load_max_over_mean.mean(),
-            metrics.chosen_E,
-        )
+        means = {
+            name: getattr(metrics, name).mean()
+            for name in LossParts._fields
+            if name in metrics._fields
+        }
+        parts = LossParts(loss=loss, chosen_LE=metrics.chosen_E, **means)
         return loss + metrics.weighted_loss(moe), parts
 
 
