@@ -12,6 +12,7 @@ from flax.training import train_state
 
 import gshard_moe
 import gshard_moe.linen
+from gshard_moe import routing
 from gshard_moe.layout import Layout
 
 CONFIG = cases.moe_config(capacity_factor=2.0, bias=True)
@@ -206,3 +207,30 @@ def test_linen_boxes_do_not_mind_manual_axes():
         got = jax.jit(run)(params, x)
         want = jax.jit(model.apply)(params, x).y_BLM
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_linens_selection_bias_is_a_variable_that_steers_the_choice():
+    """As the nnx module's: not a parameter, without a gradient, moved by the load."""
+    config = cases.moe_config(
+        score="sigmoid", selection_bias=True, selection_bias_rate=0.5, shared_hidden_dim=8
+    )
+    x, _ = batch()
+    linen = gshard_moe.linen.MoE(config)
+    variables = jax.jit(linen.init)(jax.random.key(0), x)
+    params, bias_E = variables["params"], variables["selection_bias"]["selection_bias"]
+    assert "selection_bias" not in params and (bias_E == 0).all()
+    apply = jax.jit(linen.apply)
+    first = apply(variables, x).metrics
+    bias_E = routing.moved_bias(bias_E, first.chosen_E, rate=config.selection_bias_rate)
+    variables = {"params": params, "selection_bias": {"selection_bias": bias_E}}
+    y, metrics = apply(variables, x)
+    assert (metrics.chosen_E != first.chosen_E).any()
+    module = gshard_moe.MoE(config, rngs=nnx.Rngs(0))
+    for name, param in params.items():
+        getattr(module, name)[...] = param
+    module.move_selection_bias(first)
+    np.testing.assert_array_equal(module.selection_bias[...], bias_E)
+    ours = jax.jit(lambda weights: gshard_moe.moe(weights, x, config))(module.weights)
+    np.testing.assert_array_equal(ours.y_BLM, y)
+    gradients = jax.grad(lambda v: (linen.apply(v, x).y_BLM ** 2).sum())(variables)
+    assert (gradients["selection_bias"]["selection_bias"] == 0).all()

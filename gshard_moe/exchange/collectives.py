@@ -26,9 +26,7 @@ def collectives(
       recomputed: the backward runs the forward again, and its exchange with it.
     """
     if layout.config.compute.dispatch == "ragged":
-        return of_rows(
-            layout, shapes["rows"], itemsize, num_inputs=num_inputs, recomputed=recomputed
-        )
+        return of_rows(layout, shapes["rows"], itemsize, recomputed=recomputed)
     return of_spmd(
         layout,
         shapes["groups"],

@@ -56,7 +56,9 @@ def exchange(
     num_experts = config.num_experts
     asked = "auto" if layout is None else layout.config.compute.grouped_matmul
     backend = experts.choose_backend(asked, _platform(layout))
-    room = experts.ROOM if backend == "loops" else 0
+    # Rows to spare save `loops` a copy; where rows are summed over devices, they would travel too.
+    summed = _free(layout, _axes(layout, "rows_hidden", "H"))
+    room = experts.ROOM if backend == "loops" and not summed else 0
 
     def lay(role: str, x: jax.Array) -> jax.Array:
         return x if layout is None else layout.constrain(role, x)
@@ -82,9 +84,13 @@ def exchange(
         xs_RM = lay("rows", xs_RM)
     with jax.named_scope("expert"):
         hidden = functools.partial(lay, "rows_hidden")
-        product = functools.partial(experts.grouped_matmul, backend=backend, room=room)
-        form = _form(layout, found, config, use, product, hidden, dropout_key_G)
-        ys_RM = lay("rows", experts.ffn(weights, xs_RM, config, form))
+        if backend == "loops" and dropout_key_G is None:
+            ys_RM = _by_loops(layout, found, weights, xs_RM, config, use, room)
+        else:
+            product = functools.partial(experts.grouped_matmul, backend=backend, room=room)
+            form = _form(layout, found, config, use, product, hidden, dropout_key_G)
+            ys_RM = experts.ffn(weights, xs_RM, config, form)
+        ys_RM = lay("rows", ys_RM)
 
     def combine(ys_RM: jax.Array, gate_GSK: jax.Array, found: Rows) -> jax.Array:
         gate_TK = gate_GSK.reshape(found.row_TK.shape)
@@ -109,34 +115,29 @@ def _form(
     row_axes = _axes(layout, "groups", "G")
     hidden_axes = _axes(layout, "rows_hidden", "H")
 
-    def multiply(role: str, x_RX: jax.Array, weight_EXX: jax.Array) -> jax.Array:
+    def multiply(role: str, x_RX: jax.Array, *weights_EXX: jax.Array) -> tuple[jax.Array, ...]:
         split_in = hidden_axes if role == "expert_out" else ()
         split_out = hidden_axes if role == "expert_in" else ()
-        partial_over = [axis for axis in split_in if axis in _free_axes(layout)]
+        partial_over = _free(layout, split_in)
 
-        def product(x_RX: jax.Array, weight_EXX: jax.Array, count_1E: jax.Array) -> jax.Array:
-            y_RX = grouped_matmul(x_RX, weight_EXX, count_1E[0])
-            return jax.lax.psum(y_RX, partial_over) if partial_over else y_RX
+        def products(x_RX: jax.Array, weights_EXX: tuple, count_1E: jax.Array) -> tuple:
+            # Marked once, so that the gradient is summed once for all of them.
+            x_RX = experts.varying_alike(x_RX, *weights_EXX)[0]
+            found = [grouped_matmul(x_RX, weight, count_1E[0]) for weight in weights_EXX]
+            return tuple(_summed(y_RX, partial_over) for y_RX in found)
 
         # Gathered for this use and not kept: see `experts.linear`.
         @jax.checkpoint
-        def gathered(x_RX: jax.Array, weight_EXX: jax.Array, count_DE: jax.Array) -> jax.Array:
-            weight_EXX = use(role, weight_EXX.astype(x_RX.dtype))
+        def gathered(x_RX: jax.Array, weights_EXX: tuple, count_DE: jax.Array) -> tuple:
+            weights_EXX = tuple(use(role, weight.astype(x_RX.dtype)) for weight in weights_EXX)
             specs = P(row_axes, split_in), P(None, split_in, split_out), P(row_axes)
-            run = _differentiably(layout, product, specs, P(row_axes, split_out))
-            return run(x_RX, weight_EXX, count_DE)
+            run = _differentiably(layout, products, specs, P(row_axes, split_out))
+            return run(x_RX, weights_EXX, count_DE)
 
-        return gathered(x_RX, weight_EXX, found.count_E)
-
-    def expert_of_rows(count_1E: jax.Array, choice_R: jax.Array) -> jax.Array:
-        expert_E = jnp.arange(config.num_experts)
-        return jnp.repeat(expert_E, count_1E[0], total_repeat_length=choice_R.shape[0])
+        return gathered(x_RX, weights_EXX, found.count_E)
 
     def bias(role: str, bias_EX: jax.Array) -> jax.Array:
-        specs = P(row_axes), P(row_axes)
-        expert_R = local(expert_of_rows, specs, P(row_axes))(found.count_E, found.choice_R)
-        # Rows that are left over may hold anything, and have no gradient.
-        return jnp.where(found.choice_R[:, None] >= 0, use(role, bias_EX)[expert_R], 0)
+        return _bias_of_rows(layout, found, use(role, bias_EX))
 
     def drop(h_RH: jax.Array) -> jax.Array:
         """Zeroes hidden units at random, by the row's choice, and scales up the rest."""
@@ -157,8 +158,66 @@ def _form(
     return experts.Form(multiply, bias, hidden, None if dropout_key_G is None else drop)
 
 
+def _by_loops(
+    layout: Layout | None,
+    found: Rows,
+    weights: ExpertWeights,
+    xs_RM: jax.Array,
+    config: configs.MoEConfig,
+    use: Use,
+    room: int,
+) -> jax.Array:
+    """Runs the experts' network, expert by expert, whole: see `experts.over_experts`."""
+    split_rows = P(_axes(layout, "groups", "G"))
+    hidden = _axes(layout, "rows_hidden", "H")
+    roles = {
+        "in_EMH": ("expert_in", P(None, None, hidden)),
+        "gate_EMH": ("expert_in", P(None, None, hidden)),
+        "in_bias_EH": ("expert_in_bias", P(None, hidden)),
+        "gate_bias_EH": ("expert_in_bias", P(None, hidden)),
+        "out_EHM": ("expert_out", P(None, hidden)),
+    }
+    partial_over = _free(layout, hidden)
+    held = {name: w for name in roles if (w := getattr(weights, name)) is not None}
+
+    def network(own: dict[str, jax.Array], x_TM: jax.Array) -> jax.Array:
+        return experts.of_one_expert(ExpertWeights(**own), x_TM, config)
+
+    def run(x_RM: jax.Array, held: dict[str, jax.Array], count_1E: jax.Array) -> jax.Array:
+        y_RM = experts.over_experts(network, held, x_RM, count_1E[0], room=room)
+        return _summed(y_RM, partial_over)
+
+    # Gathered for this use and not kept: see `experts.linear`.
+    @jax.checkpoint
+    def gathered(x_RM: jax.Array, held: dict[str, jax.Array], count_DE: jax.Array) -> jax.Array:
+        used = {name: use(roles[name][0], w.astype(x_RM.dtype)) for name, w in held.items()}
+        specs = split_rows, {name: roles[name][1] for name in held}, split_rows
+        return _differentiably(layout, run, specs, split_rows)(x_RM, used, count_DE)
+
+    ys_RM = gathered(xs_RM, held, found.count_E)
+    if weights.out_bias_EM is None:
+        return ys_RM
+    # Once: of a split hidden dim each device has a part of the sum.
+    bias_EM = use("expert_out_bias", weights.out_bias_EM.astype(ys_RM.dtype))
+    return ys_RM + _bias_of_rows(layout, found, bias_EM)
+
+
+def _bias_of_rows(layout: Layout | None, found: Rows, bias_EX: jax.Array) -> jax.Array:
+    """Returns each row's expert's bias."""
+    row_axes = _axes(layout, "groups", "G")
+
+    def expert_of_rows(count_1E: jax.Array, choice_R: jax.Array) -> jax.Array:
+        expert_E = jnp.arange(count_1E.shape[1])
+        return jnp.repeat(expert_E, count_1E[0], total_repeat_length=choice_R.shape[0])
+
+    local = _on_each_device(layout, expert_of_rows, (P(row_axes), P(row_axes)), P(row_axes))
+    expert_R = local(found.count_E, found.choice_R)
+    # Rows that are left over may hold anything, and have no gradient.
+    return jnp.where(found.choice_R[:, None] >= 0, bias_EX[expert_R], 0)
+
+
 def collectives(
-    layout: Layout, shape_RM: Sequence[int], itemsize: int, *, num_inputs: int, recomputed: bool
+    layout: Layout, shape_RM: Sequence[int], itemsize: int, *, recomputed: bool
 ) -> list[Collective]:
     """Returns what one MoE layer's rows send in a training step, beside its weights.
 
@@ -166,18 +225,17 @@ def collectives(
       layout: on a mesh.
       shape_RM: of the rows of all devices.
       itemsize: bytes of one element.
-      num_inputs: input matrices of an expert; each has its own gradient of the rows.
       recomputed: the backward runs the forward again, and its sum with it.
     """
     held = traffic.held_bytes(layout, "rows", shape_RM, itemsize)
     hidden = layout.axes_of("rows_hidden", "H")
     sums = traffic.one(layout, "all-reduce", hidden, held, "rows")
-    return traffic.times(sums, 1 + recomputed + num_inputs)
+    return traffic.times(sums, 2 + recomputed)
 
 
 def _differentiably(
-    layout: Layout | None, f: Callable[..., jax.Array], in_specs: Sequence[Any], out_spec: P
-) -> Callable[..., jax.Array]:
+    layout: Layout | None, f: Callable, in_specs: Sequence[Any], out_spec: P
+) -> Callable[..., Any]:
     """Runs `f(*arrays, fixed)` on each device's parts; differentiable in all but the last argument.
 
     JAX 0.12 cannot take the gradient of one `shard_map` inside another, so the gradient is a
@@ -186,14 +244,14 @@ def _differentiably(
     local = functools.partial(_on_each_device, layout)
 
     @jax.custom_vjp
-    def run(arrays: tuple, fixed: Any) -> jax.Array:
+    def run(arrays: tuple, fixed: Any) -> Any:
         return local(f, tuple(in_specs), out_spec)(*arrays, fixed)
 
     def forward(arrays: tuple, fixed: Any) -> tuple:
         return run(arrays, fixed), (arrays, fixed)
 
-    def backward(saved: tuple, dy: jax.Array) -> tuple:
-        def gradients(arrays: tuple, fixed: Any, dy: jax.Array) -> tuple:
+    def backward(saved: tuple, dy: Any) -> tuple:
+        def gradients(arrays: tuple, fixed: Any, dy: Any) -> tuple:
             return jax.vjp(lambda *arrays: f(*arrays, fixed), *arrays)[1](dy)
 
         *specs, fixed_spec = in_specs
@@ -201,7 +259,12 @@ def _differentiably(
         return local(gradients, (of_arrays, fixed_spec, out_spec), of_arrays)(*saved, dy), None
 
     run.defvjp(forward, backward)
-    return lambda *args: run(tuple(experts.varying_alike(*args[:-1])), args[-1])
+
+    def marked(*args: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args[:-1])
+        return run(tree.unflatten(experts.varying_alike(*leaves)), args[-1])
+
+    return marked
 
 
 def _on_each_device(layout: Layout | None, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -221,9 +284,15 @@ def _axes(layout: Layout | None, role: str, letter: str) -> tuple[str, ...]:
     return () if layout is None else layout.axes_of(role, letter)
 
 
-def _free_axes(layout: Layout | None) -> tuple[str, ...]:
-    """Returns the axes over which the arrays here are still global."""
-    return () if layout is None else layouts.free_axes(_mesh(layout))
+def _free(layout: Layout | None, axes: Sequence[str]) -> list[str]:
+    """Returns those of the axes over which the arrays here are still global."""
+    free = () if layout is None else layouts.free_axes(_mesh(layout))
+    return [axis for axis in axes if axis in free]
+
+
+def _summed(y_RX: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Adds up, inside `shard_map`, the parts of a product over a dim that is split over `axes`."""
+    return jax.lax.psum(y_RX, axes) if axes else y_RX
 
 
 def _mesh(layout: Layout) -> Mesh | AbstractMesh:

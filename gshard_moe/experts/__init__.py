@@ -8,9 +8,11 @@ from gshard_moe.experts.ffn import (
     activate,
     ffn,
     linear,
+    of_one_expert,
     slots_form,
 )
-from gshard_moe.experts.grouped import ROOM, choose_backend, grouped_matmul, varying_alike
+from gshard_moe.experts.grouped import choose_backend, grouped_matmul
+from gshard_moe.experts.loops import ROOM, over_experts, varying_alike
 
 __all__ = [
     "Constrain",
@@ -23,6 +25,8 @@ __all__ = [
     "ffn",
     "grouped_matmul",
     "linear",
+    "of_one_expert",
+    "over_experts",
     "slots_form",
     "varying_alike",
 ]

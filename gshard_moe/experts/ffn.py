@@ -5,7 +5,7 @@ E experts, G groups, C slots, M model width, H hidden width; in names, X are the
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -67,13 +67,13 @@ class Form(NamedTuple):
     """How tokens lie where experts compute: in slots, or in rows.
 
     Attributes:
-      multiply: `multiply(role, x, weight_EXX)` takes each expert's tokens times its matrix.
+      multiply: `multiply(role, x, *weights_EXX)` takes each expert's tokens times its matrices.
       bias: `bias(role, bias_EX)` is what is added to the tokens of each expert.
       hidden: lays out the hidden layer.
       drop: drops hidden units; None where none are.
     """
 
-    multiply: Callable[[str, jax.Array, jax.Array], jax.Array]
+    multiply: Callable[..., Sequence[jax.Array]]
     bias: Callable[[str, jax.Array], jax.Array]
     hidden: Callable[[jax.Array], jax.Array]
     drop: Callable[[jax.Array], jax.Array] | None = None
@@ -93,23 +93,34 @@ def ffn(
       moe: of the experts.
       form: of `xs_XM`.
     """
-
-    def into(weight_EMH: jax.Array, bias_EH: jax.Array | None) -> jax.Array:
-        h_XH = form.multiply("expert_in", xs_XM, weight_EMH)
+    inputs = [(weights.in_EMH, weights.in_bias_EH)]
+    if weights.gate_EMH is not None:
+        inputs.append((weights.gate_EMH, weights.gate_bias_EH))
+    hidden = []
+    products = form.multiply("expert_in", xs_XM, *[weight_EMH for weight_EMH, _ in inputs])
+    for h_XH, (_, bias_EH) in zip(products, inputs, strict=True):
         if bias_EH is not None:
             h_XH = h_XH + form.bias("expert_in_bias", bias_EH.astype(h_XH.dtype))
-        return form.hidden(h_XH)
-
-    h_XH, gate_XH = into(weights.in_EMH, weights.in_bias_EH), None
-    if weights.gate_EMH is not None:
-        gate_XH = into(weights.gate_EMH, weights.gate_bias_EH)
-    h_XH = activate(moe.activation, h_XH, gate_XH, limit=moe.activation_limit)
+        hidden.append(form.hidden(h_XH))
+    h_XH = activate(moe.activation, *hidden, limit=moe.activation_limit)
     if form.drop is not None:
         h_XH = form.hidden(form.drop(h_XH))
-    ys_XM = form.multiply("expert_out", h_XH, weights.out_EHM)
+    (ys_XM,) = form.multiply("expert_out", h_XH, weights.out_EHM)
     if weights.out_bias_EM is None:
         return ys_XM
     return ys_XM + form.bias("expert_out_bias", weights.out_bias_EM.astype(ys_XM.dtype))
+
+
+def of_one_expert(
+    weights: ExpertWeights, x_TM: Float[Array, "T M"], moe: config.MoEConfig
+) -> Float[Array, "T M"]:
+    """Runs one expert on its tokens; the weights are without their leading dim."""
+    form = Form(
+        multiply=lambda role, x_TX, *weights_XX: [x_TX @ weight for weight in weights_XX],
+        bias=lambda role, bias_X: bias_X[None],
+        hidden=lambda h_TH: h_TH,
+    )
+    return ffn(weights, x_TM, moe, form)
 
 
 def slots_form(
@@ -124,8 +135,8 @@ def slots_form(
       dropout: the share of them.
     """
 
-    def multiply(role: str, xs_EGCX: jax.Array, weight_EXX: jax.Array) -> jax.Array:
-        return linear("egcx,exy->egcy", xs_EGCX, weight_EXX, role, use)
+    def multiply(role: str, xs_EGCX: jax.Array, *weights_EXX: jax.Array) -> list[jax.Array]:
+        return [linear("egcx,exy->egcy", xs_EGCX, weight, role, use) for weight in weights_EXX]
 
     def bias(role: str, bias_EX: jax.Array) -> jax.Array:
         return use(role, bias_EX)[:, None, None, :]
