@@ -121,12 +121,11 @@ def _with_preset(moe: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, s
     """Fills in what `preset` says and the table does not; returns the faults of the name, too."""
     if "preset" not in moe:
         return moe, []
-    name = moe["preset"]
-    moe = {key: value for key, value in moe.items() if key != "preset"}
-    if not isinstance(name, str) or name not in config.PRESETS:
-        known = ", ".join(config.PRESETS)
-        return moe, [("moe.preset", f"must be one of {known}; got {config.shown(name)}")]
-    return config.PRESETS[name] | moe, []
+    written = {key: value for key, value in moe.items() if key != "preset"}
+    try:
+        return config.preset_fields(moe["preset"]) | written, []
+    except config.ConfigError as error:
+        return written, [(f"moe.{key}", message) for key, message in error.faults]
 
 
 def parse_sharding(text: str, *, source: str) -> config.ShardingConfig:

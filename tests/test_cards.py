@@ -475,3 +475,23 @@ def test_a_card_opens_with_what_it_is(kind: Any):
         assert all(line.startswith("#") for line in comment.splitlines()), name
         assert re.search(r"^#   gshard-moe (train|explain) --model \w+ --sharding", comment, re.M)
         assert kind == "models" or re.search("^# Collectives: ", comment, re.M), name
+
+
+def test_a_preset_fills_in_what_the_table_does_not_say():
+    text = cards.path_of("models", "deepseek_v3").read_text()
+    moe = cards.parse_model(text, source="mine").moe
+    assert moe is not None
+    assert (moe.score, moe.expert_groups, moe.top_k) == ("sigmoid", 8, 8)  # the preset's
+    assert moe.capacity_factor == 1.25  # the table's, where the preset says "dropless"
+    # Written out, as a checkpoint keeps it, the preset is gone and the card the same.
+    assert cards.parse_model(cards.dump(cards.load_model("deepseek_v3")), source="mine").moe == moe
+    wrong = text.replace('preset               = "deepseek_v3"', 'preset = "deepseek"\ntopk = 3')
+    with pytest.raises(CardError) as error:
+        cards.parse_model(wrong, source="mine.toml")
+    assert "moe.preset: must be one of switch, " in str(error.value)
+    assert 'got "deepseek"' in str(error.value)
+    assert "mine.toml" in str(error.value) and "moe.topk" in str(error.value)
+    for name in ("3", '["switch"]'):
+        with pytest.raises(CardError, match=r"moe.preset: must be one of switch, .*; got "):
+            wrong = text.replace('"deepseek_v3"', name)
+            cards.parse_model(wrong, source="mine.toml")

@@ -98,6 +98,72 @@ _REFUSALS = [
     (_model, dict(norm_eps=0.0), r"norm_eps: must be positive; got norm_eps=0.0"),
     # Fields that do not fit each other.
     (_moe, dict(top_k=5), r"top_k: must be at most num_experts; got top_k=5, num_experts=4"),
+    (
+        _moe,
+        dict(expert_groups=3, expert_group_score="max"),
+        r"num_experts must divide by expert_groups; got .*=4.*=3",
+    ),
+    (_moe, dict(top_expert_groups=2), r"top_expert_groups: must be at most expert_groups; got"),
+    (
+        _moe,
+        dict(top_k=2, expert_groups=4, expert_group_score="max"),
+        r"top_k: must be at most the experts of the top_expert_groups; got top_k=2, num_experts=4",
+    ),
+    (
+        _moe,
+        dict(top_k=1, expert_groups=4),
+        r"expert_group_score: top_2_sum needs two experts in a group",
+    ),
+    (_moe, dict(expert_dropout=1.0), r"expert_dropout: must be less than 1; got"),
+    (
+        _moe,
+        dict(router="gshard_paper", top_k=3, priority="choice", renormalize="before_drops"),
+        r'top_k: must be 2 for GShard\'s routers; got top_k=3, router="gshard_paper"',
+    ),
+    (
+        _moe,
+        dict(router="gshard_praxis", top_k=2, renormalize="before_drops"),
+        r"priority: must be choice for GShard's routers",
+    ),
+    (
+        _moe,
+        dict(router="gshard_praxis", top_k=2, priority="choice"),
+        r"renormalize: must not be none for GShard's routers",
+    ),
+    (
+        _moe,
+        dict(router="hash", renormalize="before_drops"),
+        r"renormalize: must be none for the routers expert_choice and hash",
+    ),
+    (
+        _moe,
+        dict(router="expert_choice", score="sigmoid"),
+        r"score: must be softmax for routers other than top_k",
+    ),
+    (
+        _moe,
+        dict(router="hash", selection_bias=True),
+        r"selection_bias: must be false for routers other than top_k",
+    ),
+    (
+        _moe,
+        dict(router="expert_choice", capacity_factor="dropless"),
+        r"capacity_factor: must be a number for expert_choice",
+    ),
+    (_moe, dict(capacity_factor="none"), r'capacity_factor: must be .*"dropless"; got "none"'),
+    (
+        _moe,
+        dict(capacity_rule="easydel"),
+        r'capacity_rule: easydel needs router="top_k", renormalize="after_drops"',
+    ),
+    (_moe, dict(reroute_rounds=1, top_k=2), r"reroute_rounds: needs top_k=1"),
+    (_moe, dict(top_k=1, reroute_rounds=4), r"reroute_rounds: must be less than num_experts"),
+    (_moe, dict(noise="input_jitter"), r"noise_scale: must be positive with a kind of noise"),
+    (_moe, dict(noise_scale=0.1), r"noise_scale: must be positive with .* and 0 with none"),
+    (_moe, dict(noise="input_jitter", noise_scale=1.0), r"noise_scale: must be less than 1"),
+    (_moe, dict(load_loss_weight=0.1), r"load_loss_weight: needs the noise logits_normal"),
+    (_moe, dict(selection_bias_rate=0.1), r"selection_bias_rate: needs selection_bias"),
+    (_moe, dict(shared_router=True), r"shared_router: needs shared experts: shared_hidden_dim > 0"),
     (_train, dict(accumulate=3), r"accumulate: batch_size must .*batch_size=4, accumulate=3"),
     (_model, dict(num_kv_heads=3), r"num_kv_heads: .*divide.*num_heads=4, num_kv_heads=3"),
     (_model, dict(head_dim=5), r'head_dim: must be even.*got head_dim=5, positions="rotary"'),
@@ -210,6 +276,45 @@ def test_configs_are_frozen_keyword_only_and_compare():
 def test_capacity_by_hand(top_k, group_size, factor, num_experts, capacity):
     moe = _moe(top_k=top_k, group_size=group_size, num_experts=num_experts, capacity_factor=factor)
     assert moe.capacity(train=True) == capacity
+
+
+@pytest.mark.parametrize(
+    ("rule", "capacity"),
+    [
+        ("ceil", 32),  # 31.25
+        ("gshard_paper", 31),
+        ("praxis", 16),  # 15, up to a multiple of 4
+        ("axlearn", 15),
+        ("flaxformer", 16),  # 15.625
+        ("vmoe", 32),
+        ("maxtext", 31),  # 25 * 1.25
+        ("switch_mtf", 15),
+        ("easydel", 15),
+    ],
+)
+def test_every_capacity_rule_by_hand(rule, capacity):
+    """100 tokens, 8 experts, K=2, factor 1.25."""
+    changes = {"renormalize": "after_drops"} if rule == "easydel" else {}
+    sizes = dict(top_k=2, group_size=100, num_experts=8, capacity_factor=1.25)
+    moe = _moe(capacity_rule=rule, **sizes, **changes)
+    assert moe.capacity(train=True) == capacity
+    assert moe.slots(train=True) == (100 if rule == "easydel" else capacity)
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_every_preset_needs_sizes_only(name):
+    sizes = dict(model_dim=8, num_experts=16, hidden_dim=16, group_size=8)
+    if "shared_router" in config.PRESETS[name]:
+        sizes["shared_hidden_dim"] = 4
+    moe = config.MoEConfig.preset(name, **sizes)
+    assert all(getattr(moe, key) == value for key, value in config.PRESETS[name].items())
+    assert config.MoEConfig.preset(name, **sizes, aux_loss_weight=0.5).aux_loss_weight == 0.5
+
+
+@pytest.mark.parametrize("name", ["swich", "", "Switch"])
+def test_an_unknown_preset_is_refused(name):
+    with pytest.raises(config.ConfigError, match=r"preset: must be one of switch, .*; got "):
+        config.MoEConfig.preset(name)
 
 
 def test_capacity_has_a_factor_for_training_and_one_for_evaluation():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from gshard_moe import losses
 from gshard_moe.losses import RouterStats
@@ -91,6 +92,60 @@ def test_gradient_is_the_share_of_choices():
     # E * f_e / tokens / G
     want = 2 * np.array([[0.75, 0.25], [0.5, 0.5]]) / 4 / 2
     np.testing.assert_allclose(gradient.probability_GE, want, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss"),
+    # E=2, 4 tokens, K=2 of which first choices (4, 0): f is (5/8, 3/8), and (1, 0) of the first.
+    [
+        ("switch", 2 * (5 / 8 * 0.6 + 3 / 8 * 0.4)),
+        ("hf", 2 * 2 * (5 / 8 * 0.6 + 3 / 8 * 0.4)),
+        ("levanter", 2 / 2 * (5 / 8 * 0.6 + 3 / 8 * 0.4)),
+        ("praxis", 2 * 0.6),
+        ("gshard_paper", 0.6 / 2),
+    ],
+)
+def test_every_scale_by_hand(scale, loss):
+    sums = stats([4], [[5, 3]], [[2.4, 1.6]])._replace(first_GE=jnp.array([[4.0, 0.0]]))
+    found = losses.load_balance_loss(sums, scale=scale)
+    np.testing.assert_allclose(found, loss, rtol=TOLERANCE)
+
+
+def test_consecutive_runs_are_added_up():
+    sums = stats([1, 2, 3, 4], [[1, 0]] * 4, [[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]])
+    found = losses.in_runs_of(sums, 2)
+    np.testing.assert_array_equal(found.tokens_G, [3, 7])
+    np.testing.assert_array_equal(found.probability_GE, [[3, 0], [0, 7]])
+    with pytest.raises(ValueError, match="the runs must divide by runs; got 4 runs, runs=3"):
+        losses.in_runs_of(sums, 3)
+
+
+def test_a_sequence_is_consecutive_runs():
+    """Two sequences of two runs, each all on one expert: balanced in the batch only."""
+    sums = stats([2] * 4, [[2, 0]] * 2 + [[0, 2]] * 2, [[2.0, 0.0]] * 2 + [[0.0, 2.0]] * 2)
+    assert losses.load_balance_loss(sums, scope="sequence", num_sequences=2) == 2.0
+    assert losses.load_balance_loss(sums, scope="sequence", num_sequences=1) == 1.0
+    with pytest.raises(ValueError, match="num_sequences: must be given"):
+        losses.load_balance_loss(sums, scope="sequence")
+
+
+def test_inside_shard_map_reduced_statistics_give_the_loss_of_the_batch():
+    """And losses of the parts, averaged, do not."""
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(0, 9, (8, 4)).astype(np.float32)
+    sums = stats(list(chosen.sum(axis=1)), chosen, rng.random((8, 4)) * 9)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def local(part: RouterStats) -> tuple[jax.Array, jax.Array]:
+        whole = losses.all_reduce(losses.in_runs_of(part, 1), "data")
+        mean = jax.lax.pmean(losses.load_balance_loss(part), "data")
+        return losses.load_balance_loss(whole, scope="batch"), mean
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P())
+    found, mean = jax.jit(run)(sums)
+    want = losses.load_balance_loss(sums, scope="batch")
+    np.testing.assert_allclose(found, want, rtol=TOLERANCE)
+    assert abs(mean - want) > 0.01
 
 
 def test_losses_of_added_parts_are_those_of_the_whole():

@@ -11,6 +11,7 @@ from gshard_moe.config.checked import ConfigError, Unread, hints, key_shown, sho
 from gshard_moe.config.model import ModelConfig, TrainConfig
 from gshard_moe.config.moe import Activation, MoEConfig, Priority, Renormalize, Score
 from gshard_moe.config.presets import PRESETS
+from gshard_moe.config.presets import fields as preset_fields
 from gshard_moe.config.sharding import (
     ComputeConfig,
     Dispatch,
@@ -45,6 +46,7 @@ __all__ = [
     "Unread",
     "hints",
     "key_shown",
+    "preset_fields",
     "shown",
     "spelled",
 ]

@@ -6,7 +6,7 @@ what the table does not say.
 
 from typing import Any
 
-from gshard_moe.config.checked import ConfigError
+from gshard_moe.config.checked import ConfigError, shown
 
 _SWITCH: dict[str, Any] = {
     "top_k": 1,
@@ -139,13 +139,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def fields(name: str) -> dict[str, Any]:
+def fields(name: object) -> dict[str, Any]:
     """Returns a preset's fields.
 
     Raises:
       ConfigError: if there is none of that name.
     """
-    if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise ConfigError([("preset", f"must be one of {known}; got {name!r}")])
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError([("preset", f"must be one of {', '.join(PRESETS)}; got {shown(name)}")])
     return PRESETS[name]

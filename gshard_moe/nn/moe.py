@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -19,7 +18,7 @@ from gshard_moe import config as configs
 from gshard_moe import dispatch, exchange, losses, routing
 from gshard_moe import layout as layouts
 from gshard_moe.layout import Layout
-from gshard_moe.nn import moe_weights
+from gshard_moe.nn import moe_checks, moe_weights
 from gshard_moe.nn.moe_weights import MoEWeights
 from gshard_moe.nn.parameter import constant, constrain, matrix, place
 from gshard_moe.nn.shared_experts import shared_experts
@@ -122,8 +121,8 @@ def moe(
     Source: GShard, arXiv 2006.16668, algorithm 2.
     """
     config = config.grouped(x_BLM.shape[:2], train=train)
-    _check_shapes(weights, x_BLM, config, routing, mask_BL)
-    _check_key(config, key, train=train)
+    moe_checks.check_shapes(weights, x_BLM, config, routing, mask_BL)
+    moe_checks.check_key(config, key, train=train)
     if layout is not None:
         layout.check_ragged()
     run = functools.partial(_moe, config=config, layout=layout, train=train)
@@ -156,8 +155,8 @@ def route(
     To look at, to record, or to hand back to `moe`. Not for expert choice, where experts choose.
     """
     config = config.grouped(x_BLM.shape[:2], train=train)
-    _check_shapes(weights, x_BLM, config, None, mask_BL)
-    _check_key(config, key, train=train)
+    moe_checks.check_shapes(weights, x_BLM, config, None, mask_BL)
+    moe_checks.check_key(config, key, train=train)
     if config.router == "expert_choice":
         raise ValueError(
             "router: must be one where tokens choose; got router='expert_choice', which makes no "
@@ -421,86 +420,6 @@ def _metrics(
         entropy=losses.mean_entropy(stats),
         confidence=losses.mean_confidence(stats),
     )
-
-
-def _check_key(config: configs.MoEConfig, key: jax.Array | None, *, train: bool) -> None:
-    """Refuses randomness without a key: left out in silence, training would be another."""
-    reasons = {
-        f"noise={config.noise!r}": config.noise != "none",
-        f"router={config.router!r}": config.router.startswith("gshard"),
-        f"expert_dropout={config.expert_dropout}": config.expert_dropout > 0,
-    }
-    random = [reason for reason, holds in reasons.items() if holds]
-    if train and key is None and random:
-        raise ValueError(
-            f"key: must be given in training; got key=None, {', '.join(random)}; use "
-            "key=jax.random.key(...), another one for each layer and step"
-        )
-
-
-def _check_shapes(
-    weights: MoEWeights,
-    x_BLM: jax.Array,
-    config: configs.MoEConfig,
-    forced: routing.Routing | None,
-    mask_BL: jax.Array | None,
-) -> None:
-    if x_BLM.ndim != 3:
-        raise ValueError(f"x_BLM: must have the dims [B, L, M]; got shape={list(x_BLM.shape)}")
-    batch, length, width = x_BLM.shape
-    faults = []
-    if not jnp.issubdtype(x_BLM.dtype, jnp.floating):
-        faults.append(f"x_BLM: must be of a float dtype; got {x_BLM.dtype}; embed token ids first")
-    if not batch * length:
-        faults.append(f"x_BLM: must hold at least one token; got B={batch}, L={length}")
-    if mask_BL is not None and mask_BL.shape != (batch, length):
-        faults.append(
-            f"mask_BL: must have the shape [B, L] = {[batch, length]}; got {list(mask_BL.shape)}"
-        )
-    if mask_BL is not None and mask_BL.dtype != jnp.bool_:
-        faults.append(f"mask_BL: must be of dtype bool; got {mask_BL.dtype}; use mask_BL != 0")
-    if width != config.model_dim:
-        faults.append(f"x_BLM: M must be model_dim; got M={width}, model_dim={config.model_dim}")
-    if batch * length % config.group_size:
-        faults.append(
-            f"x_BLM: the tokens B * L must divide by group_size; got B={batch}, L={length}, "
-            f"tokens={batch * length}, group_size={config.group_size}; use a group_size that "
-            "divides them"
-        )
-    elif forced is not None:
-        groups = batch * length // config.group_size
-        faults += _misfits_of_routing(forced, (groups, config.group_size), config)
-    faults += moe_weights.misfits(weights, config)
-    if faults:
-        raise ValueError("\n".join(faults))
-
-
-def _misfits_of_routing(
-    forced: routing.Routing, shape_GS: tuple[int, int], config: configs.MoEConfig
-) -> list[str]:
-    """Returns what is wrong with a given routing; its experts only where their values are known."""
-    faults, want = [], (*shape_GS, config.num_choices)
-    for name in ("expert_GSK", "gate_GSK", "keep_GSK"):
-        got = getattr(forced, name).shape
-        if got != want:
-            faults.append(
-                f"routing.{name}: must have the shape [G, S, K] = {list(want)}; got {list(got)}"
-            )
-    got = forced.stats.chosen_GE.shape[-1]
-    if got != config.num_experts:
-        faults.append(f"routing.stats: must be of E={config.num_experts} experts; got E={got}")
-    if faults or isinstance(forced.expert_GSK, Tracer):
-        return faults
-    outside = (forced.expert_GSK < 0) | (forced.expert_GSK >= config.num_experts)
-    outside &= forced.keep_GSK
-    if outside.any():
-        g, s, k = (int(i) for i in jnp.argwhere(outside)[0])
-        faults.append(
-            f"routing.expert_GSK: must be from 0 to E - 1 where keep_GSK is True; got "
-            f"{int(forced.expert_GSK[g, s, k])} at {[g, s, k]} and {int(outside.sum()) - 1} more, "
-            f"E={config.num_experts}"
-        )
-    return faults
 
 
 class SelectionBias(nnx.Variable):
