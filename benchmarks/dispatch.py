@@ -123,7 +123,7 @@ def matmuls(options: Options) -> dict:
 
     def forward(experts: ffns.ExpertWeights, xs_EGCM: jax.Array) -> jax.Array:
         as_it_is = lambda role, x: x  # noqa: E731
-        form = ffns.slots_form(constrain=as_it_is, use=as_it_is, dropout_key_G=None, dropout=0.0)
+        form = ffns.slots_form(constrain=as_it_is, use=as_it_is)
         return ffns.ffn(experts, xs_EGCM, config, form)
 
     def backward(experts: ffns.ExpertWeights, xs_EGCM: jax.Array, dys_EGCM: jax.Array) -> tuple:

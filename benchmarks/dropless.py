@@ -133,7 +133,7 @@ def matmuls(options: Options, num_experts: int) -> dict[str, timed.Program]:
 
     def forward(weights: ffns.ExpertWeights, xs_EGCM: jax.Array) -> jax.Array:
         as_it_is = lambda role, x: x  # noqa: E731
-        form = ffns.slots_form(constrain=as_it_is, use=as_it_is, dropout_key_G=None, dropout=0.0)
+        form = ffns.slots_form(constrain=as_it_is, use=as_it_is)
         return ffns.ffn(weights, xs_EGCM, config, form)
 
     def backward(weights: ffns.ExpertWeights, xs_EGCM: jax.Array) -> tuple:

@@ -8,13 +8,13 @@ G runs of consecutive tokens (the routing groups, or shorter), E experts, K choi
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Scale = Literal["switch", "gshard_paper", "praxis", "hf", "levanter"]
+Scale = Literal["switch", "gshard_paper", "praxis", "hf", "flaxformer", "levanter"]
 Scope = Literal["group", "sequence", "batch"]
 
 
@@ -26,6 +26,9 @@ class RouterStats(NamedTuple):
       chosen_GE: how many of their K choices fell on each expert, before any was dropped. No
         gradient.
       first_GE: the same of their first choices only.
+      preferred_GE: what the load-balance loss counts: `chosen_GE`, or with a selection bias how
+        many of the K largest scores without it, of any group of experts, fell on each expert
+        (DeepSeek-V3, equation 18).
       probability_GE: the sum of the router's probabilities. The gradient of the load-balance loss
         goes through here.
       importance_GE: the same without the noise of training (V-MoE).
@@ -39,6 +42,7 @@ class RouterStats(NamedTuple):
     tokens_G: Float[Array, " G"]
     chosen_GE: Float[Array, "G E"]
     first_GE: Float[Array, "G E"]
+    preferred_GE: Float[Array, "G E"]
     probability_GE: Float[Array, "G E"]
     importance_GE: Float[Array, "G E"]
     soft_load_GE: Float[Array, "G E"]
@@ -64,7 +68,7 @@ def load_balance_loss(
         gshard_paper  1/E sum_e f_e P_e     1 / E^2  f of first choices, as in algorithm 1
         praxis        E sum_e f_e P_e       1        f of first choices: E^2 times the paper's
         hf            E K sum_e f_e P_e     K        f of all K choices, not divided by K: Hugging
-                                                     Face, flaxformer, MaxText
+        flaxformer                                   Face, flaxformer, MaxText
         levanter      E/K sum_e f_e P_e     1 / K    f of all K choices
 
     Hugging Face also adds up all layers before the product: add their statistics to compute that.
@@ -79,23 +83,26 @@ def load_balance_loss(
     Returns:
       The loss, unweighted; 0 where there are no tokens.
     Raises:
-      ValueError: if the runs do not make up whole sequences.
+      ValueError: if the runs do not make up whole sequences, or scale or scope is unknown.
     Source: Switch Transformer, arXiv 2101.03961, equation 4; GShard, 2006.16668, algorithm 1;
       DeepSeek-V3, 2412.19437, equation 17 (`switch`, a run for each sequence).
     """
+    for name, value, known in (("scale", scale, Scale), ("scope", scope, Scope)):
+        if value not in get_args(known):
+            raise ValueError(f"{name}: must be one of {', '.join(get_args(known))}; got {value!r}")
     if scope != "group":
         if scope == "sequence" and num_sequences is None:
             raise ValueError("num_sequences: must be given for scope='sequence'; got None")
         stats = in_runs_of(stats, 1 if scope == "batch" or not num_sequences else num_sequences)
     num_experts = stats.chosen_GE.shape[-1]
-    counted_GE = stats.first_GE if scale in ("gshard_paper", "praxis") else stats.chosen_GE
+    counted_GE = stats.first_GE if scale in ("gshard_paper", "praxis") else stats.preferred_GE
     share_GE = _ratio(counted_GE, counted_GE.sum(axis=-1, keepdims=True))
     mean_GE = _ratio(stats.probability_GE, stats.tokens_G[:, None])
     loss_G = num_experts * (share_GE * mean_GE).sum(axis=-1)
-    k = _ratio(stats.chosen_GE.sum(), stats.tokens_G.sum())
+    k = _ratio(stats.preferred_GE.sum(), stats.tokens_G.sum())
     if scale == "gshard_paper":
         loss_G = loss_G / num_experts**2
-    elif scale == "hf":
+    elif scale in ("hf", "flaxformer"):
         loss_G = loss_G * k
     elif scale == "levanter":
         loss_G = _ratio(loss_G, k)

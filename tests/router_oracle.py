@@ -73,7 +73,9 @@ def asks(
         if not random < shares[1] / threshold:
             gates[1] = 0.0
             keep[1] = config.router == "gshard_paper"  # it still uses up a slot
-    return Asked(list(zip(experts, gates, keep, strict=True)), importance=gates.max())
+    importance = softmax(logits_E) if config.score == "softmax_of_top_k" else score_E
+    choices = list(zip(experts, gates, keep, strict=True))
+    return Asked(choices, importance=importance[experts].max())
 
 
 def serve(

@@ -8,7 +8,9 @@ peer's conventions must give the same. The same runs write `docs/conventions.md`
 """
 
 import dataclasses
+import fractions
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -114,10 +116,15 @@ PEERS = [
     Peer(
         "axlearn (TopKGating)",
         "common/mixture_of_experts.py: _compute_expert_capacity, TopKGating",
-        _config(priority="choice", capacity_factor=2.0, capacity_rule="axlearn"),
+        _config(
+            priority="choice",
+            capacity_factor=2.0,
+            capacity_rule="axlearn",
+            renormalize="before_drops",
+        ),
         lambda s, e, k, f: max(int(s * f / e), 1),
         by_choice,
-        as_they_are,
+        to_one,
         sum_of_products(E),
     ),
     Peer(
@@ -156,7 +163,7 @@ PEERS = [
             renormalize="before_drops",
             aux_loss_scale="gshard_paper",
         ),
-        lambda s, e, k, f: int(s * k * f / e),
+        lambda s, e, k, f: int(s * k * fractions.Fraction(str(f)) / e),
         by_choice,
         to_one,
         lambda all_E, first_E, mean_E, k: float((first_E * mean_E).sum()) / E,
@@ -271,8 +278,11 @@ def test_a_peers_capacity_is_our_rule_at_any_size(peer: Peer):
     if rule.is_unlimited(train=False):
         assert rule.capacity(train=False) == S
         return
-    for tokens, experts, factor in np.ndindex(40, 9, 8):
-        tokens, experts, factor = tokens + 1, experts + rule.top_k, 0.25 + factor / 4
+    sizes = itertools.product(
+        (*range(1, 20), 64, 100, 400), (1, 2, 3, 4, 8, 10), (0.25, 0.7, 1.0, 1.1, 1.15, 1.25, 2.4)
+    )
+    for tokens, more, factor in sizes:
+        experts = rule.top_k + more - 1
         config = dataclasses.replace(
             rule, group_size=tokens, num_experts=experts, eval_capacity_factor=factor
         )

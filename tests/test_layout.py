@@ -593,7 +593,22 @@ def test_the_size_of_every_letter_by_hand():
     sizes = layout.letter_sizes(model)
     # 8 sequences of 256 in groups of 256; C = 2 * 256 * 1.25 / 8.
     assert sizes == dict(
-        B=8, L=256, M=128, N=4, J=2, D=32, V=256, F=384, W=512, G=8, S=256, E=8, C=80, K=2, H=192
+        B=8,
+        L=256,
+        M=128,
+        N=4,
+        J=2,
+        D=32,
+        V=256,
+        F=384,
+        W=512,
+        G=8,
+        S=256,
+        E=8,
+        C=80,
+        K=2,
+        H=192,
+        R=4096,
     )
     assert layout.letter_sizes(model, 4, 512) == sizes | dict(B=4, L=512)
     dense = dataclasses.replace(model, moe=None)

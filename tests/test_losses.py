@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -19,6 +20,7 @@ def stats(tokens_G, chosen_GE, probability_GE, squared_lse_G=None, entropy_G=Non
         tokens_G=tokens_G,
         chosen_GE=chosen_GE,
         first_GE=chosen_GE,
+        preferred_GE=chosen_GE,
         probability_GE=probability_GE,
         importance_GE=probability_GE,
         soft_load_GE=probability_GE,
@@ -46,7 +48,7 @@ def test_balance_is_one_and_collapse_is_the_number_of_experts(num_experts):
 
 def test_the_number_of_choices_does_not_scale_it():
     once = stats([4], [[3, 1]], [[2.5, 1.5]])
-    twice = once._replace(chosen_GE=2 * once.chosen_GE)
+    twice = once._replace(chosen_GE=2 * once.chosen_GE, preferred_GE=2 * once.preferred_GE)
     assert losses.load_balance_loss(once) == losses.load_balance_loss(twice)
 
 
@@ -100,6 +102,7 @@ def test_gradient_is_the_share_of_choices():
     [
         ("switch", 2 * (5 / 8 * 0.6 + 3 / 8 * 0.4)),
         ("hf", 2 * 2 * (5 / 8 * 0.6 + 3 / 8 * 0.4)),
+        ("flaxformer", 2 * 2 * (5 / 8 * 0.6 + 3 / 8 * 0.4)),
         ("levanter", 2 / 2 * (5 / 8 * 0.6 + 3 / 8 * 0.4)),
         ("praxis", 2 * 0.6),
         ("gshard_paper", 0.6 / 2),
@@ -109,6 +112,15 @@ def test_every_scale_by_hand(scale, loss):
     sums = stats([4], [[5, 3]], [[2.4, 1.6]])._replace(first_GE=jnp.array([[4.0, 0.0]]))
     found = losses.load_balance_loss(sums, scale=scale)
     np.testing.assert_allclose(found, loss, rtol=TOLERANCE)
+
+
+def test_what_is_no_convention_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a user
+    sums = stats([4], [[3, 1]], [[2.5, 1.5]])
+    with pytest.raises(ValueError, match="scale: must be one of switch, .*; got 'mean'"):
+        losses.load_balance_loss(sums, scale="mean")
+    with pytest.raises(ValueError, match="scope: must be one of group, .*; got 'global'"):
+        losses.load_balance_loss(sums, scope="global")
 
 
 def test_consecutive_runs_are_added_up():

@@ -12,7 +12,7 @@ import oracle
 import pytest
 from flax import nnx
 
-from gshard_moe import MoE, MoEWeights, moe, route, routing
+from gshard_moe import MoE, MoEWeights, dispatch, experts, moe, route, routing
 from gshard_moe.train import state
 
 # float32 sums of at most 24 products of order 1, twice; bfloat16 has 8 bits.
@@ -62,8 +62,8 @@ def test_renormalisation_mask_and_both_dispatches(renormalize):
     mask_BL = jax.random.uniform(jax.random.key(5), SHAPE_BLM[:2]) < 0.7
     mask_BL = mask_BL.at[1].set(False)
     want = oracle.layer(layer.weights, x_BLM, config, mask_BL=mask_BL, train=True)
-    for dispatch in ("gather", "einsum"):
-        layout = cases.layout("single", dispatch=dispatch)
+    for kind in ("gather", "einsum"):
+        layout = cases.layout("single", dispatch=kind)
         got = run(layer.weights, x_BLM, config, layout=layout, mask_BL=mask_BL, train=True)
         check(got, want)
 
@@ -137,6 +137,26 @@ def test_padding_may_hold_anything_and_is_in_nothing():
         jax.tree.map(np.testing.assert_array_equal, got, zeros)
     y_BLM = zeros[0][1][0]
     assert (np.asarray(y_BLM)[~np.asarray(mask_BL)] == 0).all()
+
+
+def test_padding_is_in_no_gradient_of_shared_experts():
+    config = cases.moe_config(group_size=6, shared_hidden_dim=8, shared_router=True)
+    layer = MoE(config, rngs=nnx.Rngs(0))
+    x_BLM = jax.random.normal(jax.random.key(0), SHAPE_BLM)
+    mask_BL = jnp.arange(6)[None] < jnp.array([6, 2, 0, 5])[:, None]
+
+    @jax.jit
+    def both(weights, x_BLM):
+        def loss(weights):
+            y_BLM = moe(weights, x_BLM, config, mask_BL=mask_BL).y_BLM
+            return (jnp.where(mask_BL[..., None], y_BLM, 0.0) ** 2).sum(), y_BLM
+
+        return jax.grad(loss, has_aux=True)(weights)
+
+    clean = both(layer.weights, jnp.where(mask_BL[..., None], x_BLM, 0.0))
+    for padding in (jnp.nan, 1e30):
+        found = both(layer.weights, jnp.where(mask_BL[..., None], x_BLM, padding))
+        jax.tree.map(np.testing.assert_array_equal, found, clean)
 
 
 def test_nothing_but_padding():
@@ -414,3 +434,28 @@ def test_experts_that_do_not_divide_by_their_axes_are_refused():
     layer, _ = example(config)
     with pytest.raises(ValueError, match=r"E must divide by its mesh axes; got E=6, expert=4; use"):
         run(layer.weights, jnp.zeros((8, 8, 16)), config, layout=cases.layout("expert_data"))
+
+
+def test_token_ids_and_absent_parts_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a user
+    layer = MoE(cases.moe_config(group_size=6), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError) as error:
+        layer(jnp.zeros(SHAPE_BLM), token_ids_BL=jnp.zeros((4, 5)))
+    assert str(error.value).splitlines() == [
+        "token_ids_BL: must have the shape [B, L] = [4, 6]; got [4, 5]",
+        "token_ids_BL: must be of an integer dtype; got float32",
+    ]
+    _, metrics = layer(jnp.zeros(SHAPE_BLM))
+    with pytest.raises(ValueError, match="the config must have selection_bias=True"):
+        layer.move_selection_bias(metrics)
+    with pytest.raises(ValueError, match="renormalize: must be one of none, .*; got 'after'"):
+        dispatch.assign(
+            route(layer.weights, jnp.zeros(SHAPE_BLM), layer.config),
+            2,
+            num_experts=8,
+            renormalize="after",
+        )
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "gshard-moe\[kernels\]"'):
+        experts.grouped_matmul(
+            jnp.zeros((2, 3)), jnp.zeros((1, 3, 4)), jnp.array([2]), backend="tokamax"
+        )

@@ -185,6 +185,17 @@ def test_rows_are_equal_to_slots_under_every_card(card: str, changes: str):
     check_close(got, want)
 
 
+@pytest.mark.parametrize("shape", [(7, 5), (3, 8), (1, 1), (8, 8)])
+@pytest.mark.parametrize("kind", ["ragged", "gather"])
+def test_any_number_of_tokens_on_any_mesh(shape: tuple[int, int], kind: str):
+    config = cases.moe_config(**CONFIGS["dropless"], shared_hidden_dim=8)
+    layer = MoE(config, rngs=nnx.Rngs(0))
+    x_BLM = jax.random.normal(jax.random.key(1), (*shape, 16))
+    want = layer_and_gradients(layer.weights, x_BLM, config, None)
+    layout = ragged("data") if kind == "ragged" else cases.layout("expert_data")
+    check_close(layer_and_gradients(layer.weights, x_BLM, config, layout), want)
+
+
 def test_uneven_rows_on_each_device():
     """All of one device's tokens on one expert, none of another's anywhere."""
     config = cases.moe_config(**CONFIGS["dropless"])
@@ -199,7 +210,7 @@ def test_uneven_rows_on_each_device():
     assert (got.y_BLM[5] == 0).all()
 
 
-def test_dropout_is_the_same_on_any_mesh():
+def test_dropout_is_the_same_on_any_mesh_and_by_any_dispatch():
     config = cases.moe_config(expert_dropout=0.4)
     layer = MoE(config, rngs=nnx.Rngs(0))
     x_BLM = jax.random.normal(jax.random.key(1), (8, 8, 16))
@@ -208,8 +219,9 @@ def test_dropout_is_the_same_on_any_mesh():
     want = run(ragged("single"), key)
     quiet = layer_and_gradients(layer.weights, x_BLM, config, ragged("single"))
     assert np.abs(want[0][1].y_BLM - quiet[0][1].y_BLM).max() > 1e-3
-    for card in ("data", "expert_model"):
-        check_close(run(ragged(card), key), want)
+    for layout in (ragged("data"), ragged("expert_model"), cases.layout("expert_fsdp"), None):
+        check_close(run(layout, key), want)
+    check_close(run(cases.layout("single", dispatch="einsum"), key), want)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)

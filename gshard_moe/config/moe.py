@@ -27,7 +27,7 @@ CapacityRule = Literal[
     "easydel",
 ]
 CapacityFactor = float | Literal["dropless"]
-AuxLossScale = Literal["switch", "gshard_paper", "praxis", "hf", "levanter"]
+AuxLossScale = Literal["switch", "gshard_paper", "praxis", "hf", "flaxformer", "levanter"]
 AuxLossScope = Literal["group", "sequence", "batch"]
 
 
@@ -83,7 +83,7 @@ class MoEConfig(Checked):
       expert_dropout: in training, of the experts' hidden units (Switch, fine-tuning: 0.4).
       capacity_rule: the formula, by the name of who uses it; see `capacity`.
       aux_loss_scale: the convention of the load-balance loss, by its source: at balance `switch`
-        and `praxis` are 1, `gshard_paper` 1 / E^2, `hf` (flaxformer too) K, `levanter` 1 / K.
+        and `praxis` are 1, `gshard_paper` 1 / E^2, `hf` and `flaxformer` K, `levanter` 1 / K.
         GShard's two count first choices only.
       aux_loss_scope: what the loss is taken of, and averaged over: each routing `group`, each
         `sequence` (DeepSeek), or the whole `batch`, over all devices.
@@ -368,20 +368,20 @@ class MoEConfig(Checked):
         if factor == "dropless":
             return S
 
-        # Rounding keeps 1.1 * 10 = 11.000000000000002 from costing a slot.
-        def exact(k: int) -> float:
-            return round(k * S * factor / E, 9)
+        # Of our own rule and the paper's, rounding keeps 1.1 * 10 = 11.000000000000002 from costing
+        # a slot. The others are their code's expressions, with what floats make of them.
+        exact = round(K * S * factor / E, 9)
 
         slots = {
-            "ceil": lambda: min(math.ceil(exact(K)), S),
-            "gshard_paper": lambda: math.floor(exact(K)),
-            "praxis": lambda: -(-math.floor(exact(1)) // 4) * 4,
-            "axlearn": lambda: math.floor(exact(1)),
-            "flaxformer": lambda: max(round(exact(1)), 4),
-            "vmoe": lambda: -(-math.ceil(exact(K)) // 4) * 4,
-            "maxtext": lambda: math.floor(round(max(math.ceil(K * S / E) * factor, factor), 9)),
-            "easydel": lambda: math.floor(exact(1)),
-            "switch_mtf": lambda: max(min(math.floor(exact(1)), S), 4),
+            "ceil": lambda: min(math.ceil(exact), S),
+            "gshard_paper": lambda: math.floor(exact),
+            "praxis": lambda: -(-int(S * factor / E) // 4) * 4,
+            "axlearn": lambda: int(S * factor / E),
+            "flaxformer": lambda: max(round(factor * S / E), 4),
+            "vmoe": lambda: -(-math.ceil(S * K * factor / E) // 4) * 4,
+            "maxtext": lambda: int(max(math.ceil(S * K / E) * factor, factor)),
+            "easydel": lambda: int(factor * S / E),
+            "switch_mtf": lambda: max(min(int(S * factor / E), S), 4),
         }
         return max(slots[self.capacity_rule](), 1)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from gshard_moe import config
 from gshard_moe.dispatch import gather
-from gshard_moe.dispatch.slots import Slots, by_expert, renormalized
+from gshard_moe.dispatch.slots import Slots, by_expert, check_renormalize, renormalized
 from gshard_moe.routing import Order, Routing
 from gshard_moe.routing.select import of_experts
 
@@ -61,6 +61,7 @@ def serve_all(
     gate_sum: float = 1.0,
 ) -> Served:
     """Serves every choice; as `assign` with a slot for each, without making the slots."""
+    check_renormalize(renormalize)
     expert_GSK = routing.expert_GSK
     there_GSK = routing.keep_GSK & (expert_GSK >= 0) & (expert_GSK < num_experts)
     if routing.order is Order.FALLBACK:  # nobody is ever turned away
@@ -118,7 +119,10 @@ def sort_by_expert(
 
 
 def dispatch(x_TM: Float[Array, "T M"], rows: Rows) -> Float[Array, "R M"]:
-    """Copies each row's token into it; rows that are left over are zero."""
+    """Copies each row's token into it; rows that are left over are zero.
+
+    Source: MegaBlocks, arXiv 2211.15841 (gather); its blocks are padded, these are not.
+    """
     token_R = _token(rows)
     return gather.fetch_tokens(x_TM[None], token_R[None], rows.row_TK[None])[0]
 
@@ -126,7 +130,10 @@ def dispatch(x_TM: Float[Array, "T M"], rows: Rows) -> Float[Array, "R M"]:
 def combine(
     ys_RM: Float[Array, "R M"], gate_TK: Float[Array, "T K"], rows: Rows
 ) -> Float[Array, "T M"]:
-    """Sums each token's rows, weighted by their gates, in float32."""
+    """Sums each token's rows, weighted by their gates, in float32.
+
+    Source: MegaBlocks, arXiv 2211.15841 (scatter); here a gather, in the backward too.
+    """
     args = (gate_TK, _token(rows), rows.row_TK)
     return gather.fetch_slots(ys_RM[None], *(x[None] for x in args))[0]
 

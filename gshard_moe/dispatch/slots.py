@@ -3,6 +3,7 @@
 G groups, S tokens, E experts, C slots of one expert for one group, K choices of a token.
 """
 
+import typing
 from typing import NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ def assign(
     Source: GShard, arXiv 2006.16668, algorithm 1 (`order` CHOICE); Switch Transformer, 2101.03961,
       section 2.1 and appendix B (FALLBACK); V-MoE, 2106.05974, section 4.1 (IMPORTANCE).
     """
+    check_renormalize(renormalize)
     there_GSK = (routing.expert_GSK >= 0) & (routing.expert_GSK < num_experts)
     expert_GSK = jnp.where(routing.keep_GSK & there_GSK, routing.expert_GSK, num_experts)
     if used_GE is None:
@@ -67,6 +69,13 @@ def assign(
     if renormalize == "after_drops":
         gate_GSK = renormalized(gate_GSK, gate_sum)
     return Slots(token_GEC, slot_GSK, gate_GSK)
+
+
+def check_renormalize(renormalize: str) -> None:
+    """Refuses what is no way to renormalise: it would do nothing, silently."""
+    known = typing.get_args(config.Renormalize)
+    if renormalize not in known:
+        raise ValueError(f"renormalize: must be one of {', '.join(known)}; got {renormalize!r}")
 
 
 def expert_choice(

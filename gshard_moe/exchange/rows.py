@@ -140,20 +140,18 @@ def _form(
         return _bias_of_rows(layout, found, use(role, bias_EX))
 
     def drop(h_RH: jax.Array) -> jax.Array:
-        """Zeroes hidden units at random, by the row's choice, and scales up the rest."""
-        keep = functools.partial(
-            jax.random.bernoulli, p=1 - config.expert_dropout, shape=h_RH.shape[1:]
-        )
+        """Drops hidden units of each token in each expert."""
 
-        def keep_local(key_G: jax.Array, choice_R: jax.Array, row_TK: jax.Array) -> jax.Array:
-            of_group = row_TK.size // key_G.shape[0]
-            keys = jax.vmap(jax.random.fold_in)(key_G[choice_R // of_group], choice_R % of_group)
-            return jax.vmap(keep)(keys)
+        def keys(key_G: jax.Array, found: Rows) -> jax.Array:
+            tokens, top_k = found.row_TK.shape
+            token_R, of_group = found.choice_R // top_k, tokens // key_G.shape[0]
+            expert_R = _expert_of_rows(found.count_E, found.choice_R)
+            choice_R = token_R % of_group * config.num_experts + expert_R
+            return jax.vmap(jax.random.fold_in)(key_G[token_R // of_group], choice_R)
 
-        specs = P(row_axes), P(row_axes), P(row_axes)
-        args = dropout_key_G, found.choice_R, found.row_TK
-        keep_RH = local(keep_local, specs, P(row_axes))(*args)
-        return jnp.where(keep_RH, h_RH / (1 - config.expert_dropout), jnp.zeros((), h_RH.dtype))
+        places: Any = Rows(*[P(row_axes)] * 3)  # pyright: ignore[reportArgumentType]
+        key_R = local(keys, (P(row_axes), places), P(row_axes))(dropout_key_G, found)
+        return experts.dropped(h_RH, key_R, config.expert_dropout)
 
     return experts.Form(multiply, bias, hidden, None if dropout_key_G is None else drop)
 
@@ -202,15 +200,16 @@ def _by_loops(
     return ys_RM + _bias_of_rows(layout, found, bias_EM)
 
 
+def _expert_of_rows(count_1E: jax.Array, choice_R: jax.Array) -> jax.Array:
+    """Returns, of one device, each row's expert; of rows that are left over, any."""
+    expert_E = jnp.arange(count_1E.shape[1])
+    return jnp.repeat(expert_E, count_1E[0], total_repeat_length=choice_R.shape[0])
+
+
 def _bias_of_rows(layout: Layout | None, found: Rows, bias_EX: jax.Array) -> jax.Array:
     """Returns each row's expert's bias."""
     row_axes = _axes(layout, "groups", "G")
-
-    def expert_of_rows(count_1E: jax.Array, choice_R: jax.Array) -> jax.Array:
-        expert_E = jnp.arange(count_1E.shape[1])
-        return jnp.repeat(expert_E, count_1E[0], total_repeat_length=choice_R.shape[0])
-
-    local = _on_each_device(layout, expert_of_rows, (P(row_axes), P(row_axes)), P(row_axes))
+    local = _on_each_device(layout, _expert_of_rows, (P(row_axes), P(row_axes)), P(row_axes))
     expert_R = local(found.count_E, found.choice_R)
     # Rows that are left over may hold anything, and have no gradient.
     return jnp.where(found.choice_R[:, None] >= 0, bias_EX[expert_R], 0)

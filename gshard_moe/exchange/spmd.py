@@ -68,6 +68,7 @@ def exchange(
             constrain=constrain,
             use=use,
             dropout_key_G=dropout_key_G,
+            token_GEC=slots.token_GEC,
             dropout=config.expert_dropout,
         )
         ys_EGCM = experts.ffn(weights, xs_EGCM, config, form)

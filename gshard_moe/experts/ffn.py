@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gshard_moe import config
 
@@ -124,7 +124,12 @@ def of_one_expert(
 
 
 def slots_form(
-    *, constrain: Constrain, use: Use, dropout_key_G: Key[Array, " G"] | None, dropout: float
+    *,
+    constrain: Constrain,
+    use: Use,
+    dropout_key_G: Key[Array, " G"] | None = None,
+    token_GEC: Int[Array, "G E C"] | None = None,
+    dropout: float = 0.0,
 ) -> Form:
     """Returns the form of slots [E, G, C, ...].
 
@@ -132,6 +137,7 @@ def slots_form(
       constrain: `slots_hidden` is the hidden layer's role.
       use: lays out a weight for its use.
       dropout_key_G: drops hidden units of each group's slots.
+      token_GEC: the token in each slot, where hidden units are dropped.
       dropout: the share of them.
     """
 
@@ -142,17 +148,30 @@ def slots_form(
         return use(role, bias_EX)[:, None, None, :]
 
     def drop(h_EGCH: jax.Array) -> jax.Array:
-        """Zeroes hidden units at random, by group and expert, and scales up the rest."""
-        assert dropout_key_G is not None
-        expert_E = jnp.arange(h_EGCH.shape[0])
-        of_groups = jax.vmap(jax.random.fold_in, (0, None))
-        fold = jax.vmap(functools.partial(of_groups, dropout_key_G))
-        keep = functools.partial(jax.random.bernoulli, p=1 - dropout, shape=h_EGCH.shape[2:])
-        keep_EGCH = jax.vmap(jax.vmap(keep))(fold(expert_E))
-        return jnp.where(keep_EGCH, h_EGCH / (1 - dropout), jnp.zeros((), h_EGCH.dtype))
+        """Drops hidden units of each token in each expert."""
+        assert dropout_key_G is not None and token_GEC is not None
+        num_experts = h_EGCH.shape[0]
+        token_EGC = token_GEC.swapaxes(0, 1)
+        choice_EGC = token_EGC * num_experts + jnp.arange(num_experts)[:, None, None]
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, 0))
+        key_EGC = jax.vmap(fold, (None, 0))(dropout_key_G, choice_EGC)
+        h_XH = dropped(h_EGCH.reshape(-1, h_EGCH.shape[-1]), key_EGC.reshape(-1), dropout)
+        return h_XH.reshape(h_EGCH.shape)
 
     hidden = functools.partial(constrain, "slots_hidden")
     return Form(multiply, bias, hidden, None if dropout_key_G is None else drop)
+
+
+def dropped(h_XH: Float[Array, "X H"], key_X: Key[Array, " X"], share: float) -> jax.Array:
+    """Zeroes a share of the hidden units of each row at random, and scales up the rest.
+
+    A row's key is its group's, with token * E + expert folded in: it is the same wherever the row
+    lies.
+
+    Source: Switch Transformer, arXiv 2101.03961, section 2.4 (expert dropout).
+    """
+    keep = functools.partial(jax.random.bernoulli, p=1 - share, shape=h_XH.shape[1:])
+    return jnp.where(jax.vmap(keep)(key_X), h_XH / (1 - share), jnp.zeros((), h_XH.dtype))
 
 
 def linear(

@@ -35,12 +35,18 @@ def grouped_matmul(
     Returns:
       The products, in the dtype of `x_RM`. Differentiable in both; the gradient of the matrices is
       summed over rows in float32.
+    Source: MegaBlocks, arXiv 2211.15841 (dropless experts as one grouped product).
     """
     if backend == "loops":
         return over_experts(_product, weight_EMH, x_RM, count_E, room=room)
     x_RM, weight_EMH, count_E = varying_alike(x_RM, weight_EMH, count_E)
     if backend == "ragged_dot":
         return jax.lax.ragged_dot(x_RM, weight_EMH, count_E)
+    if not _tokamax_is_installed():
+        raise ModuleNotFoundError(
+            'grouped_matmul="tokamax" needs tokamax, which is not installed; use '
+            'pip install "gshard-moe[kernels]", or grouped_matmul="auto"'
+        )
     import tokamax  # pyright: ignore[reportMissingImports] - an extra
 
     return tokamax.ragged_dot(x_RM, weight_EMH, count_E)
@@ -48,6 +54,10 @@ def grouped_matmul(
 
 def _product(weight_MH: jax.Array, x_TM: jax.Array) -> jax.Array:
     return x_TM @ weight_MH
+
+
+def _tokamax_is_installed() -> bool:
+    return importlib.util.find_spec("tokamax") is not None
 
 
 @functools.cache
@@ -60,7 +70,7 @@ def choose_backend(asked: config.GroupedMatmul, platform: str) -> config.Grouped
     """
     if asked != "auto":
         return asked
-    kernels = importlib.util.find_spec("tokamax") is not None
+    kernels = _tokamax_is_installed()
     backend: config.GroupedMatmulBackend = "loops"
     if platform == "cpu":
         reason = "on a CPU ragged_dot computes every expert for every row"

@@ -82,6 +82,8 @@ def _backward(network: Network, saved: tuple, dy_RH: jax.Array) -> tuple:
 
     def of_expert(dx_RM: jax.Array, expert: tuple) -> tuple[jax.Array, Any]:
         own, first, count = expert
+        # In float32, so that no tile's part of a weight's gradient is rounded before the sum.
+        exact = jax.tree.map(lambda weight: weight.astype(jnp.float32), own)
 
         def add(carry: tuple, done: jax.Array, tile: int) -> tuple:
             dx_RM, down = carry
@@ -90,10 +92,11 @@ def _backward(network: Network, saved: tuple, dy_RH: jax.Array) -> tuple:
             mine_T1 = jnp.arange(tile)[:, None] < count - done
             x_TM, dy_TH = (
                 jnp.where(mine_T1, jax.lax.dynamic_slice_in_dim(rows, first + done, tile), 0)
-                for rows in (x_RM, dy_RH)
+                for rows in (x_RM, dy_RH.astype(jnp.float32))
             )
-            dnew, dx_TM = jax.vjp(network, own, x_TM)[1](dy_TH)
-            down = jax.tree.map(lambda total, new: total + new.astype(total.dtype), down, dnew)
+            dnew, dx_TM = jax.vjp(network, exact, x_TM.astype(jnp.float32))[1](dy_TH)
+            down = jax.tree.map(jnp.add, down, dnew)
+            dx_TM = dx_TM.astype(dx_RM.dtype)
             return jax.lax.dynamic_update_slice_in_dim(dx_RM, dx_TM, first + done, 0), down
 
         zeros = jax.tree.map(lambda weight: jnp.zeros(weight.shape, jnp.float32), own)

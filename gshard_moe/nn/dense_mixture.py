@@ -22,8 +22,9 @@ def dense_mixture(
     """Returns the sum of all experts' outputs, each multiplied by its gate.
 
     With the router's probabilities as gates it is the soft baseline, which a layer with `top_k` = E
-    equals; with the gates of a sparse layer, 0 where an expert is not chosen, it is that layer. It
-    costs E / K times as much, and shares no code with dispatch and exchange: an oracle for both.
+    equals whose gates sum to 1 (softmax, or `renormalize` = `before_drops`); with the gates of a
+    sparse layer, 0 where an expert is not chosen, it is that layer. It costs E / K times as much,
+    and shares no code with dispatch and exchange: an oracle for both.
 
     Args:
       weights: as in `moe`.
@@ -39,9 +40,7 @@ def dense_mixture(
     if gate_BLE is None:
         logits_BLE = routing.router_logits(x_BLM, weights.router_ME, weights.router_bias_E)
         gate_BLE = routing.probabilities(logits_BLE, config) * config.routed_scaling
-    form = experts.slots_form(
-        constrain=lambda role, x: x, use=lambda role, x: x, dropout_key_G=None, dropout=0.0
-    )
+    form = experts.slots_form(constrain=lambda role, x: x, use=lambda role, x: x)
     # Of every expert, each sequence is a group and each token has a slot.
     xs_EBLM = jax.numpy.broadcast_to(x_BLM, (config.num_experts, *x_BLM.shape))
     ys_EBLM = experts.ffn(weights.experts, xs_EBLM, config, form)

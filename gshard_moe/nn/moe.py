@@ -34,7 +34,8 @@ class MoEMetrics(NamedTuple):
       load_E: assignments kept by each expert.
       chosen_E: assignments that were asked for, before any was dropped.
       dropped: share, in [0, 1], of the K choices of unmasked tokens that got no slot. With
-        rerouting and expert choice: of the tokens.
+        rerouting and expert choice: of the tokens. A second expert that GShard's paper skips at
+        random is none of them: it has its slot, with the gate 0.
       dropped_K: the same for each of the K choices.
       load_max_over_mean: the busiest expert's load over the mean load; 0 without any.
       unused: experts without a token.
@@ -89,7 +90,9 @@ def moe(
     Tokens are routed in groups of `group_size` consecutive tokens, row by row of [B, L]. A choice
     that finds its expert full is dropped and adds nothing; the residual connection, which is the
     caller's, still carries the token. Where nothing is dropped the groups change nothing, and
-    B * L may be anything: if it does not divide by the group size, each row is a group.
+    B * L may be anything: if it does not divide by the group size, each row is a group, and if the
+    rows do not divide by the layout's axes, there are masked ones beside them (not in an Explicit
+    mesh, nor with a `routing`).
 
     How tokens are moved, the layout's `compute.dispatch` says; without a layout, slots by `gather`,
     or rows where there is no mesh and nothing is dropped.
@@ -104,7 +107,9 @@ def moe(
       layout: where it is computed; None leaves the layout to XLA.
       mask_BL: False for padding, which may hold anything, takes no slot and is in no statistics.
       key: of this layer and step; needed in training by configs with noise, a random second expert
-        or dropout. Each group's randomness is its own, so it is the same on any mesh.
+        or dropout. Each group's randomness is its own, so it is the same on any mesh; inside
+        `shard_map` too, if the layout says how the groups are split. Without a layout every device
+        there would draw alike: fold its number into the key.
       routing: used instead of the router's own, for [B * L / S, S, K] choices. `route` returns one,
         and `routing.replayed` makes one of given experts. What its `keep_GSK` or `mask_BL` calls
         padding gets no slot, nor does an expert outside of 0 to E - 1; its statistics stay its own.
@@ -121,14 +126,23 @@ def moe(
     Source: GShard, arXiv 2006.16668, algorithm 2.
     """
     config = config.grouped(x_BLM.shape[:2], train=train)
-    moe_checks.check_shapes(weights, x_BLM, config, routing, mask_BL)
+    moe_checks.check_shapes(weights, x_BLM, config, routing, mask_BL, token_ids_BL)
     moe_checks.check_key(config, key, train=train)
     if layout is not None:
         layout.check_ragged()
     run = functools.partial(_moe, config=config, layout=layout, train=train)
     mesh = _mesh_of(x_BLM, layout)
     if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:
-        return run(weights, x_BLM, mask_BL, key, routing, token_ids_BL)
+        more = 0 if routing is not None else _rows_to_add(x_BLM, config, layout, train=train)
+        if not more:
+            return run(weights, x_BLM, mask_BL, key, routing, token_ids_BL)
+        there_BL = jnp.ones(x_BLM.shape[:2], bool) if mask_BL is None else mask_BL
+        longer = functools.partial(_longer, more=more)
+        if token_ids_BL is not None:
+            token_ids_BL = longer(token_ids_BL)
+        inputs = longer(x_BLM), longer(there_BL), key, None, token_ids_BL
+        y_BLM, metrics = run(weights, *inputs)
+        return MoEOutput(y_BLM[: x_BLM.shape[0]], metrics)
     spec = jax.typeof(x_BLM).sharding.spec if layout is None else layout.spec("tokens")
     tokens: Any = NamedSharding(mesh, layouts.free_spec(mesh, spec))
     whole: Any = NamedSharding(mesh, P())
@@ -155,7 +169,7 @@ def route(
     To look at, to record, or to hand back to `moe`. Not for expert choice, where experts choose.
     """
     config = config.grouped(x_BLM.shape[:2], train=train)
-    moe_checks.check_shapes(weights, x_BLM, config, None, mask_BL)
+    moe_checks.check_shapes(weights, x_BLM, config, None, mask_BL, token_ids_BL)
     moe_checks.check_key(config, key, train=train)
     if config.router == "expert_choice":
         raise ValueError(
@@ -163,8 +177,30 @@ def route(
             "Routing; use dispatch.expert_choice"
         )
     groups = _groups(x_BLM, mask_BL, token_ids_BL, config, layout)
-    noise, _ = _keys(key if train else None, groups.x_GSM.shape[0])
+    noise, _ = _keys(key if train else None, groups.x_GSM, layout)
     return _route(weights, groups, config, layout, noise, x_BLM.shape)
+
+
+def _rows_to_add(
+    x_BLM: jax.Array, config: configs.MoEConfig, layout: Layout | None, *, train: bool
+) -> int:
+    """Returns how many rows of padding let any number of tokens be split, where none is dropped."""
+    if layout is None or not config.is_unlimited(train=train):
+        return 0
+    mesh = jax.sharding.get_abstract_mesh()
+    free = layout.axes if mesh.empty else layouts.free_axes(mesh)
+    parts = {
+        role: math.prod(layout.axis_sizes[a] for a in layout.axes_of(role, letter) if a in free)
+        for role, letter in (("groups", "G"), ("tokens", "B"))
+    }
+    batch, length, _ = x_BLM.shape
+    # Whole rows that are whole groups, as many as there are parts of both.
+    step = math.lcm(config.group_size * parts["groups"], length * parts["tokens"], length)
+    return -(batch * length) % step // length
+
+
+def _longer(x: jax.Array, more: int) -> jax.Array:
+    return jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1)))
 
 
 def _mesh_of(x_BLM: jax.Array, layout: Layout | None) -> AbstractMesh:
@@ -199,7 +235,7 @@ def _moe(
 ) -> MoEOutput:
     lay = functools.partial(constrain, layout)
     groups = _groups(x_BLM, mask_BL, token_ids_BL, config, layout)
-    noise_key_G, dropout_key_G = _keys(key if train else None, groups.x_GSM.shape[0])
+    noise_key_G, dropout_key_G = _keys(key if train else None, groups.x_GSM, layout)
     with jax.named_scope("router"):
         if forced is not None:
             chosen, slots = _without_padding(forced, groups.mask_GS), None
@@ -240,7 +276,9 @@ def _moe(
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))
     if weights.shared is not None:
         with jax.named_scope("shared"):
-            y_BLM = lay("tokens", y_BLM + shared_experts(weights.shared, x_BLM, config, layout))
+            x_BLM = _cleared(x_BLM, mask_BL)
+            y_BLM = y_BLM + shared_experts(weights.shared, x_BLM, config, layout)
+            y_BLM = lay("tokens", y_BLM)
     return MoEOutput(y_BLM, _metrics(chosen, served, config, x_BLM.shape))
 
 
@@ -256,17 +294,57 @@ def _groups(
     shape = (batch * length // config.group_size, config.group_size)
     x_GSM = constrain(layout, "groups", x_BLM.reshape(*shape, width))
     mask_GS = None if mask_BL is None else mask_BL.reshape(shape)
-    if mask_GS is not None:  # padding may hold anything, and NaN * 0 is NaN
-        x_GSM = jnp.where(mask_GS[..., None], x_GSM, jnp.zeros((), x_GSM.dtype))
-    return _Groups(x_GSM, mask_GS, None if token_ids_BL is None else token_ids_BL.reshape(shape))
+    return _Groups(
+        _cleared(x_GSM, mask_GS),
+        mask_GS,
+        None if token_ids_BL is None else token_ids_BL.reshape(shape),
+    )
 
 
-def _keys(key: jax.Array | None, num_groups: int) -> tuple[jax.Array | None, jax.Array | None]:
+def _cleared(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Zeroes padding, which may hold anything: NaN * 0 is NaN."""
+    return x if mask is None else jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+
+
+def _keys(
+    key: jax.Array | None, x_GSM: jax.Array, layout: Layout | None
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Returns each group's keys for the router and for the experts' dropout."""
     if key is None:
         return None, None
     noise_key, dropout_key = jax.random.split(key)
-    return routing.group_keys(noise_key, num_groups), routing.group_keys(dropout_key, num_groups)
+    keys = functools.partial(
+        routing.group_keys, num_groups=x_GSM.shape[0], group_ids_G=_group_ids(x_GSM, layout)
+    )
+    return keys(noise_key), keys(dropout_key)
+
+
+def _group_ids(x_GSM: jax.Array, layout: Layout | None) -> jax.Array | None:
+    """Returns the groups' numbers in the whole batch, of which `shard_map` has given us a part.
+
+    It has, along the manual axes that the groups are split over and vary over; None: it has not.
+    """
+    if layout is None:
+        return None
+    manual = jax.typeof(x_GSM).manual_axis_type.varying
+    axes = layout.axes_of("groups", "G")
+    mine = [axis for axis in axes if axis in manual]
+    if not mine:
+        return None
+    sizes = {axis: jax.lax.axis_size(axis) for axis in mine}
+    sizes |= {axis: layout.axis_sizes[axis] for axis in axes if axis not in mine}
+    parts = math.prod(size for axis, size in sizes.items() if axis not in mine)
+    whole = x_GSM.shape[0] * math.prod(sizes[axis] for axis in mine)
+    if x_GSM.shape[0] % parts:
+        raise ValueError(
+            f"x_BLM: the groups must divide by the axes they are split over, for their "
+            f"randomness; got {x_GSM.shape[0]} groups, axes={sizes}"
+        )
+    ids = jnp.arange(whole).reshape(*[sizes[axis] for axis in axes], -1)
+    for dim, axis in reversed(list(enumerate(axes))):
+        if axis in mine:
+            ids = jax.lax.dynamic_index_in_dim(ids, jax.lax.axis_index(axis), dim, keepdims=False)
+    return ids.reshape(-1)
 
 
 def _logits(
@@ -478,8 +556,12 @@ class MoE(nnx.Module):
 
         Args:
           metrics: of the step.
+        Raises:
+          ValueError: if the config has no selection bias.
         """
-        bias: SelectionBias = getattr(self, "selection_bias")  # noqa: B009
+        bias: SelectionBias | None = getattr(self, "selection_bias")  # noqa: B009
+        if bias is None:
+            raise ValueError("move_selection_bias: the config must have selection_bias=True")
         rate = self.config.selection_bias_rate
         bias[...] = routing.moved_bias(bias[...], metrics.chosen_E, rate=rate)
 

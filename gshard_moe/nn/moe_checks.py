@@ -34,6 +34,7 @@ def check_shapes(
     config: configs.MoEConfig,
     forced: routing.Routing | None,
     mask_BL: jax.Array | None,
+    token_ids_BL: jax.Array | None,
 ) -> None:
     """Refuses arrays that are not of the config's shapes, or not of each other's."""
     if x_BLM.ndim != 3:
@@ -50,6 +51,13 @@ def check_shapes(
         )
     if mask_BL is not None and mask_BL.dtype != jnp.bool_:
         faults.append(f"mask_BL: must be of dtype bool; got {mask_BL.dtype}; use mask_BL != 0")
+    if token_ids_BL is not None and token_ids_BL.shape != (batch, length):
+        faults.append(
+            f"token_ids_BL: must have the shape [B, L] = {[batch, length]}; got "
+            f"{list(token_ids_BL.shape)}"
+        )
+    if token_ids_BL is not None and not jnp.issubdtype(token_ids_BL.dtype, jnp.integer):
+        faults.append(f"token_ids_BL: must be of an integer dtype; got {token_ids_BL.dtype}")
     if width != config.model_dim:
         faults.append(f"x_BLM: M must be model_dim; got M={width}, model_dim={config.model_dim}")
     if batch * length % config.group_size:

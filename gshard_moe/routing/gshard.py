@@ -12,9 +12,10 @@ G groups, S tokens, E experts; K = 2.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gshard_moe import config
+from gshard_moe.losses import RouterStats
 from gshard_moe.routing.contract import Order, Routing, padding_masked
 from gshard_moe.routing.select import best_experts, of_experts
 from gshard_moe.routing.stats import router_stats
@@ -43,19 +44,41 @@ def gshard(
     """
     probability_GSE = jax.nn.softmax(logits_GSE, axis=-1)
     expert_GSK = best_experts(probability_GSE, 2)
-    gate_GSK = of_experts(probability_GSE, expert_GSK)
-    share_GSK = gate_GSK / gate_GSK.sum(axis=-1, keepdims=True)
-    if moe.renormalize == "before_drops":
-        gate_GSK = share_GSK
-    keep_GSK = padding_masked(expert_GSK, mask_GS)
+    taken_GSK = None
     if key_G is not None:
         num_tokens = logits_GSE.shape[1]
         random_GS = jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(key_G)
         threshold = 0.5 if moe.router == "gshard_paper" else moe.second_threshold
+        share_GSK = _shares(of_experts(probability_GSE, expert_GSK))
         taken_GS = random_GS < share_GSK[..., 1] / threshold
         taken_GSK = jnp.stack([jnp.ones_like(taken_GS), taken_GS], axis=-1)
+    stats = router_stats(logits_GSE, probability_GSE, expert_GSK, mask_GS=mask_GS, run=run)
+    return with_gates(probability_GSE, expert_GSK, taken_GSK, moe, stats, mask_GS=mask_GS)
+
+
+def with_gates(
+    probability_GSE: Float[Array, "G S E"],
+    expert_GSK: Int[Array, "G S K"],
+    taken_GSK: Bool[Array, "G S K"] | None,
+    moe: config.MoEConfig,
+    stats: RouterStats,
+    *,
+    mask_GS: Bool[Array, "G S"] | None = None,
+) -> Routing:
+    """Returns the routing of given experts, of which some were skipped at random; None: none was.
+
+    Source: as `gshard`.
+    """
+    gate_GSK = of_experts(probability_GSE, expert_GSK)
+    if moe.renormalize == "before_drops":
+        gate_GSK = _shares(gate_GSK)
+    keep_GSK = padding_masked(expert_GSK, mask_GS)
+    if taken_GSK is not None:
         gate_GSK = jnp.where(taken_GSK, gate_GSK, 0.0)
         if moe.router == "gshard_praxis":
             keep_GSK &= taken_GSK
-    stats = router_stats(logits_GSE, probability_GSE, expert_GSK, mask_GS=mask_GS, run=run)
     return Routing(expert_GSK, gate_GSK * moe.routed_scaling, keep_GSK, Order.CHOICE, stats)
+
+
+def _shares(gate_GSK: jax.Array) -> jax.Array:
+    return gate_GSK / gate_GSK.sum(axis=-1, keepdims=True)

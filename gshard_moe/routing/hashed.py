@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gshard_moe import config
 from gshard_moe.routing.contract import Order, Routing, padding_masked
@@ -43,13 +43,18 @@ def hashed(
     step_11K = jnp.arange(moe.top_k, dtype=jnp.uint32)[None, None]
     expert_GSK = (first_GS[..., None] + step_11K * stride_GS[..., None]) % moe.num_experts
     expert_GSK = expert_GSK.astype(jnp.int32)
-    gate_GSK = jnp.full(expert_GSK.shape, moe.routed_scaling / moe.top_k, jnp.float32)
+    gate_GSK = equal_gates(expert_GSK, moe)
     logits_GSE = jnp.zeros((*token_ids_GS.shape, moe.num_experts))
     probability_GSE = jnp.full_like(logits_GSE, 1.0 / moe.num_experts)
     stats = router_stats(logits_GSE, probability_GSE, expert_GSK, mask_GS=mask_GS, run=run)
     return Routing(
         expert_GSK, gate_GSK, padding_masked(expert_GSK, mask_GS), Order(moe.priority), stats
     )
+
+
+def equal_gates(expert_GSK: Int[Array, "G S K"], moe: config.MoEConfig) -> Float[Array, "G S K"]:
+    """Returns gates that are alike and sum to `routed_scaling`."""
+    return jnp.full(expert_GSK.shape, moe.routed_scaling / moe.top_k, jnp.float32)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ def route(
       logits_GSE: float32, without the noise that is added to logits.
       moe: what is computed.
       key_G: a key for each group; None: there is no noise, and every second expert is taken.
-      mask_GS: False for padding.
+      mask_GS: False for padding; its logits must be finite, or its gradients are not.
       selection_bias_E: of DeepSeek's router.
       token_ids_GS: of the hash router.
       run: tokens of a run of the statistics; default: the group.

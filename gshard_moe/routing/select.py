@@ -16,7 +16,8 @@ from gshard_moe.config import moe as moe_config
 def best_experts(score_GSE: Float[Array, "G S E"], top_k: int) -> Int[Array, "G S K"]:
     """Returns each token's K experts of largest score, best first, ties to the lowest expert."""
     expert_E = jnp.arange(score_GSE.shape[-1])[None, None]
-    left_GSE = jax.lax.stop_gradient(score_GSE)
+    # Above the -inf of those that are taken: what is at -inf itself may still be chosen, once.
+    left_GSE = jnp.maximum(jax.lax.stop_gradient(score_GSE), jnp.finfo(score_GSE.dtype).min)
     experts = []
     for _ in range(top_k):
         best_GS1 = jnp.argmax(left_GSE, axis=-1, keepdims=True)

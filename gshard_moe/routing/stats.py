@@ -17,6 +17,7 @@ def router_stats(
     *,
     mask_GS: Bool[Array, "G S"] | None = None,
     run: int | None = None,
+    preferred_GSK: Int[Array, "G S K"] | None = None,
     clean_GSE: Float[Array, "G S E"] | None = None,
     soft_load_GSE: Float[Array, "G S E"] | None = None,
 ) -> RouterStats:
@@ -28,8 +29,10 @@ def router_stats(
       expert_GSK: the choices, best first.
       mask_GS: False for padding.
       run: tokens of a run; divides S; default S.
+      preferred_GSK: what the load-balance loss counts, where that is not `expert_GSK`.
       clean_GSE: the probabilities without noise, where that differs.
       soft_load_GSE: the probability that an expert is among the chosen.
+    Source: what the losses in `losses` need of it.
     """
     weight_GS = jnp.ones(logits_GSE.shape[:2]) if mask_GS is None else mask_GS.astype(jnp.float32)
     num_experts, num_tokens = logits_GSE.shape[-1], logits_GSE.shape[1]
@@ -44,10 +47,14 @@ def router_stats(
         x = jnp.where(weight > 0, x, 0.0)
         return x.reshape(-1, run, *x.shape[2:]).sum(axis=1)
 
+    chosen_GE = preferred_GE = summed(one_hot_GSKE.sum(axis=2))
+    if preferred_GSK is not None:
+        preferred_GE = summed(jax.nn.one_hot(preferred_GSK, num_experts).sum(axis=2))
     return RouterStats(
         tokens_G=summed(weight_GS),
-        chosen_GE=summed(one_hot_GSKE.sum(axis=2)),
+        chosen_GE=chosen_GE,
         first_GE=summed(one_hot_GSKE[:, :, 0]),
+        preferred_GE=preferred_GE,
         probability_GE=summed(probability_GSE),
         importance_GE=summed(probability_GSE if clean_GSE is None else clean_GSE),
         soft_load_GE=summed(jnp.zeros_like(fixed_GSE) if soft_load_GSE is None else soft_load_GSE),

@@ -4,9 +4,10 @@ G groups, S tokens, E experts, K choices.
 """
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gshard_moe import config
+from gshard_moe.losses import RouterStats
 from gshard_moe.routing import logits as logits_
 from gshard_moe.routing.contract import Order, Routing, padding_masked
 from gshard_moe.routing.select import best_experts, in_best_groups, of_experts
@@ -33,7 +34,9 @@ def top_k(
       clean_logits_GSE: without the noise, where that differs; for V-MoE's losses.
       run: tokens of a run of the statistics; default: the group.
     Returns:
-      The routing; equal scores go to the lowest expert.
+      The routing; equal scores go to the lowest expert. With a selection bias the load-balance loss
+      counts the choices that would be made without it and without groups, as DeepSeek-V3's equation
+      18 does; the metrics count those that are made.
     Source: Switch Transformer, arXiv 2101.03961, section 2.1; Mixtral, 2401.04088, section 2.1;
       DeepSeek-V3, 2412.19437, equations 12 to 16; V-MoE, 2106.05974, section 2.1.
     """
@@ -49,12 +52,7 @@ def top_k(
             group_score=moe.expert_group_score,
         )
     expert_GSK = best_experts(biased_GSE, moe.num_choices)
-    gate_GSK = gates(score_GSE, expert_GSK, moe)
-    order, importance_GS = Order(moe.priority), None
-    if moe.reroute_rounds:
-        order = Order.FALLBACK
-    if order is Order.IMPORTANCE:
-        importance_GS = jax.lax.stop_gradient(gate_GSK.max(axis=-1))
+    preferred_GSK = None if selection_bias_E is None else best_experts(score_GSE, moe.top_k)
     clean_GSE = soft_load_GSE = None
     if clean_logits_GSE is not None:
         clean_GSE = probabilities(clean_logits_GSE, moe)
@@ -65,9 +63,37 @@ def top_k(
         expert_GSK[..., : moe.top_k],
         mask_GS=mask_GS,
         run=run,
+        preferred_GSK=preferred_GSK,
         clean_GSE=clean_GSE,
         soft_load_GSE=soft_load_GSE,
     )
+    return asked(score_GSE, expert_GSK, moe, stats, mask_GS=mask_GS)
+
+
+def asked(
+    score_GSE: Float[Array, "G S E"],
+    expert_GSK: Int[Array, "G S K"],
+    moe: config.MoEConfig,
+    stats: RouterStats,
+    *,
+    mask_GS: Bool[Array, "G S"] | None = None,
+) -> Routing:
+    """Returns the routing of given choices: their gates, and the order in which they are served.
+
+    A token's importance is its largest score among the chosen, before any renormalisation, which
+    for K = 1 would make all alike.
+
+    Source: V-MoE, arXiv 2106.05974, section 4.1 (importance).
+    """
+    order, importance_GS = Order(moe.priority), None
+    if moe.reroute_rounds:
+        order = Order.FALLBACK
+    if order is Order.IMPORTANCE:
+        rank_GSE = score_GSE
+        if moe.score == "softmax_of_top_k":
+            rank_GSE = jax.nn.softmax(score_GSE, axis=-1)
+        importance_GS = jax.lax.stop_gradient(of_experts(rank_GSE, expert_GSK).max(axis=-1))
+    gate_GSK = gates(score_GSE, expert_GSK, moe)
     keep_GSK = padding_masked(expert_GSK, mask_GS)
     return Routing(expert_GSK, gate_GSK, keep_GSK, order, stats, importance_GS)
 
