@@ -96,7 +96,7 @@ def source_of(kind: Kind, name_or_path: str | os.PathLike[str]) -> str:
 def parse_model(text: str, *, source: str) -> config.ModelConfig:
     """Reads the text of a model card; `source` names it in messages."""
     table = _toml(text, source)
-    faults = []
+    faults, more = [], []
     moe = table.get("moe")
     if isinstance(moe, dict):
         written = [key for key in _INHERITED_BY_MOE if key in moe]
@@ -110,7 +110,10 @@ def parse_model(text: str, *, source: str) -> config.ModelConfig:
     except config.ConfigError as error:
         # What is wrong with an inherited value was said of the model's own.
         inherited = [f"moe.{key}" for key in _INHERITED_BY_MOE]
-        faults += [fault for fault in error.faults if fault[0] not in inherited]
+        # What an unknown preset does not fill in is no other fault than that.
+        left = [key for key, message in error.faults if more and "is missing" in message]
+        left = [key for key in left if key.startswith("moe.")] + inherited
+        faults += [fault for fault in error.faults if fault[0] not in left]
         raise _card_error(source, faults, error.partial) from None
     if faults:
         raise _card_error(source, faults, model)

@@ -492,6 +492,9 @@ def test_a_preset_fills_in_what_the_table_does_not_say():
     assert 'got "deepseek"' in str(error.value)
     assert "mine.toml" in str(error.value) and "moe.topk" in str(error.value)
     for name in ("3", '["switch"]'):
-        with pytest.raises(CardError, match=r"moe.preset: must be one of switch, .*; got "):
-            wrong = text.replace('"deepseek_v3"', name)
+        wrong = text.replace('"deepseek_v3"', name)
+        with pytest.raises(
+            CardError, match=r"moe.preset: must be one of switch, .*; got "
+        ) as error:
             cards.parse_model(wrong, source="mine.toml")
+        assert len(str(error.value).splitlines()) == 1
