@@ -206,7 +206,9 @@ def by_every_dispatch(config: MoEConfig):
     return run_all
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(
+    "router", ["switch", "softmax of top k", "deepseek v3", "gshard, praxis", "expert choice"]
+)
 def test_the_layer_s_gradient_is_that_of_finite_differences(router: str):
     """Along one direction of the router's weights, in which no choice changes."""
     config = config_of(router, "just")
@@ -350,8 +352,9 @@ def test_jitter_is_of_the_input_and_within_its_bounds():
 
 @given(st.data())
 def test_an_expert_keeps_what_is_asked_up_to_its_capacity(data: st.DataObject):
-    S, E = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
-    K, C = data.draw(st.integers(1, E)), data.draw(st.integers(1, 9))
+    # Few sizes, each of which is compiled once.
+    S, E = 7, data.draw(st.sampled_from([1, 4]))
+    K, C = data.draw(st.sampled_from([1, min(2, E), E])), data.draw(st.sampled_from([1, 3, 7]))
     order = data.draw(st.sampled_from(["token", "choice"]))
     seed = data.draw(st.integers(0, 99))
     rng = np.random.default_rng(seed)
@@ -550,28 +553,27 @@ def test_importance_is_of_the_score_and_not_of_the_renormalised_gate():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("manual", [{"expert"}, {"data", "expert"}], ids=str)
-def test_randomness_inside_shard_map_is_that_outside(changes: dict, manual: set):
+def test_randomness_inside_shard_map_is_that_outside(changes: dict):
     config = cases.moe_config(group_size=4, **changes)
     layer = MoE(config, rngs=nnx.Rngs(0))
     x_BLM = jax.random.normal(jax.random.key(1), (8, 8, 16))
     key = jax.random.key(5)
     want = run(layer.weights, x_BLM, config, key=key, train=True).y_BLM
     layout = cases.layout("expert_data")
-    spec = jax.P(tuple(axis for axis in ("data", "expert") if axis in manual))
-    if "data" not in manual:  # the batch's order over both axes is not that over one of them
-        x_BLM = x_BLM.reshape(2, 4, 8, 16).swapaxes(0, 1).reshape(8, 8, 16)
-        want = want.reshape(2, 4, 8, 16).swapaxes(0, 1).reshape(8, 8, 16)
+    # The batch's order over both axes is not that over one of them.
+    turned = lambda x_BLM: x_BLM.reshape(2, 4, 8, 16).swapaxes(0, 1).reshape(8, 8, 16)  # noqa: E731
+    for axes, turn in ((("data", "expert"), lambda x_BLM: x_BLM), (("expert",), turned)):
 
-    @functools.partial(
-        jax.shard_map,
-        mesh=layout.mesh(),
-        in_specs=(jax.P(), spec),
-        out_specs=spec,
-        axis_names=manual,
-    )
-    def inside(weights, x_BLM):
-        return moe(weights, x_BLM, config, layout=layout, key=key, train=True).y_BLM
+        @functools.partial(
+            jax.shard_map,
+            mesh=layout.mesh(),
+            in_specs=(jax.P(), jax.P(axes)),
+            out_specs=jax.P(axes),
+            axis_names=set(axes),
+        )
+        def inside(weights, x_BLM):
+            return moe(weights, x_BLM, config, layout=layout, key=key, train=True).y_BLM
 
-    y_BLM = jax.jit(inside)(layer.weights, x_BLM)
-    np.testing.assert_allclose(y_BLM, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
+        y_BLM = jax.jit(inside)(layer.weights, turn(x_BLM))
+        atol = TOLERANCE * np.abs(want).max()
+        np.testing.assert_allclose(y_BLM, turn(want), rtol=0, atol=atol)

@@ -173,27 +173,30 @@ CONFIGS = {
 }
 
 
+@functools.cache
+def by_slots(changes: str):
+    """Weights, tokens and config, and what slots give for them: with a mesh set, on one device."""
+    config = cases.moe_config(**CONFIGS[changes])
+    data = MoE(config, rngs=nnx.Rngs(0)).weights, jax.random.normal(jax.random.key(1), (16, 8, 16))
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,))):
+        return (*data, config), layer_and_gradients(*data, config, None)
+
+
 @pytest.mark.parametrize("changes", CONFIGS)
 @pytest.mark.parametrize("card", ["single", *cases.SHARDED_CARDS])
 def test_rows_are_equal_to_slots_under_every_card(card: str, changes: str):
-    config = cases.moe_config(**CONFIGS[changes])
-    layer = MoE(config, rngs=nnx.Rngs(0))
-    x_BLM = jax.random.normal(jax.random.key(1), (16, 8, 16))
-    with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,))):
-        want = layer_and_gradients(layer.weights, x_BLM, config, None)  # slots: a mesh is set
-    got = layer_and_gradients(layer.weights, x_BLM, config, ragged(card))
-    check_close(got, want)
+    data, want = by_slots(changes)
+    check_close(layer_and_gradients(*data, ragged(card)), want)
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (3, 8), (1, 1), (8, 8)])
-@pytest.mark.parametrize("kind", ["ragged", "gather"])
-def test_any_number_of_tokens_on_any_mesh(shape: tuple[int, int], kind: str):
+@pytest.mark.parametrize("shape", [(7, 5), (1, 1)])
+def test_any_number_of_tokens_on_any_mesh(shape: tuple[int, int]):
     config = cases.moe_config(**CONFIGS["dropless"], shared_hidden_dim=8)
     layer = MoE(config, rngs=nnx.Rngs(0))
     x_BLM = jax.random.normal(jax.random.key(1), (*shape, 16))
     want = layer_and_gradients(layer.weights, x_BLM, config, None)
-    layout = ragged("data") if kind == "ragged" else cases.layout("expert_data")
-    check_close(layer_and_gradients(layer.weights, x_BLM, config, layout), want)
+    for layout in (ragged("data"), cases.layout("expert_data")):
+        check_close(layer_and_gradients(layer.weights, x_BLM, config, layout), want)
 
 
 def test_uneven_rows_on_each_device():
