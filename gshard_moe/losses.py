@@ -8,14 +8,13 @@ G runs of consecutive tokens (the routing groups, or shorter), E experts, K choi
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Scale = Literal["switch", "gshard_paper", "praxis", "hf", "flaxformer", "levanter"]
-Scope = Literal["group", "sequence", "batch"]
+from gshard_moe.config.moe import AuxLossScale, AuxLossScope
 
 
 class RouterStats(NamedTuple):
@@ -54,8 +53,8 @@ class RouterStats(NamedTuple):
 def load_balance_loss(
     stats: RouterStats,
     *,
-    scale: Scale = "switch",
-    scope: Scope = "group",
+    scale: AuxLossScale = "switch",
+    scope: AuxLossScope = "group",
     num_sequences: int | None = None,
 ) -> Float[Array, ""]:
     """Returns the load-balance loss, averaged over what it is taken of.
@@ -87,7 +86,7 @@ def load_balance_loss(
     Source: Switch Transformer, arXiv 2101.03961, equation 4; GShard, 2006.16668, algorithm 1;
       DeepSeek-V3, 2412.19437, equation 17 (`switch`, a run for each sequence).
     """
-    for name, value, known in (("scale", scale, Scale), ("scope", scope, Scope)):
+    for name, value, known in (("scale", scale, AuxLossScale), ("scope", scope, AuxLossScope)):
         if value not in get_args(known):
             raise ValueError(f"{name}: must be one of {', '.join(get_args(known))}; got {value!r}")
     if scope != "group":

@@ -32,7 +32,6 @@ def router_stats(
       preferred_GSK: what the load-balance loss counts, where that is not `expert_GSK`.
       clean_GSE: the probabilities without noise, where that differs.
       soft_load_GSE: the probability that an expert is among the chosen.
-    Source: what the losses in `losses` need of it.
     """
     weight_GS = jnp.ones(logits_GSE.shape[:2]) if mask_GS is None else mask_GS.astype(jnp.float32)
     num_experts, num_tokens = logits_GSE.shape[-1], logits_GSE.shape[1]

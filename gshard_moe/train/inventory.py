@@ -90,15 +90,16 @@ def tensors(model: configs.ModelConfig, layout: Layout, *, source: str = "model"
     """
     layout.check(model, source=source)
     masters, copies, moments = [], [], {name: [] for name in _MOMENTS}
-    for path, role, shape in parameters(model):
+    for path, role, shape, trained in _variables(model):
+        if not trained:  # a selection bias, which no optimiser sees
+            masters.append(_parameter(layout, role, path, shape, "stored", "parameter"))
+            continue
         master = _parameter(layout, role, path, shape, "optimizer", "parameter")
         masters.append(master)
         if layout.dims(role, "optimizer") != layout.dims(role, "stored"):
             copies.append(_parameter(layout, role, f"copy.{path}", shape, "stored", "activation"))
         for name, found in moments.items():
             found.append(master._replace(path=f"{name}.{path}", kind="moment"))
-    for path, role, shape in _variables(model, SelectionBias):  # which no optimiser sees
-        masters.append(_parameter(layout, role, path, shape, "stored", "parameter"))
     return [*masters, *sum(moments.values(), []), *copies, *_activations(model, layout)]
 
 
@@ -124,15 +125,18 @@ def count_parameters(model: configs.ModelConfig) -> ParameterCount:
 
 def parameters(model: configs.ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yields path, role and shape of every parameter that is trained, of a model never made."""
-    return _variables(model, nnx.Param)
+    return ((path, role, shape) for path, role, shape, trained in _variables(model) if trained)
 
 
 def _variables(
-    model: configs.ModelConfig, kind: type[nnx.Variable]
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    model: configs.ModelConfig,
+) -> Iterator[tuple[str, str, tuple[int, ...], bool]]:
+    """Yields path, role, shape and whether it is trained, of parameters and then of biases."""
     made = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(params=jax.random.key(0))))
-    for path, variable in nnx.to_flat_state(nnx.state(made, kind)):
-        yield ".".join(map(str, path)), variable.get_metadata("role"), variable.get_value().shape
+    for kind in (nnx.Param, SelectionBias):
+        for path, variable in nnx.to_flat_state(nnx.state(made, kind)):
+            role, shape = variable.get_metadata("role"), variable.get_value().shape
+            yield ".".join(map(str, path)), role, shape, kind is nnx.Param
 
 
 def _activations(model: configs.ModelConfig, layout: Layout) -> Iterator[Tensor]:
