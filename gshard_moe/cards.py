@@ -96,24 +96,24 @@ def source_of(kind: Kind, name_or_path: str | os.PathLike[str]) -> str:
 def parse_model(text: str, *, source: str) -> config.ModelConfig:
     """Reads the text of a model card; `source` names it in messages."""
     table = _toml(text, source)
-    faults, more = [], []
+    faults, no_preset = [], []
     moe = table.get("moe")
     if isinstance(moe, dict):
         written = [key for key in _INHERITED_BY_MOE if key in moe]
         message = "must not be written: it is the model's own; remove it"
         faults = [(f"moe.{key}", message) for key in written]
-        moe, more = _with_preset(moe)
-        faults += more
+        moe, no_preset = _with_preset(moe)
+        faults += no_preset
         table["moe"] = moe | {key: table.get(key) for key in _INHERITED_BY_MOE}
     try:
         model = _read_table(config.ModelConfig, table)
     except config.ConfigError as error:
         # What is wrong with an inherited value was said of the model's own.
-        inherited = [f"moe.{key}" for key in _INHERITED_BY_MOE]
-        # What an unknown preset does not fill in is no other fault than that.
-        left = [key for key, message in error.faults if more and "is missing" in message]
-        left = [key for key in left if key.startswith("moe.")] + inherited
-        faults += [fault for fault in error.faults if fault[0] not in left]
+        said = {f"moe.{key}" for key in _INHERITED_BY_MOE}
+        if no_preset:  # what it does not fill in is no other fault than that
+            missing = {key for key, message in error.faults if "is missing" in message}
+            said |= {key for key in missing if key.startswith("moe.")}
+        faults += [fault for fault in error.faults if fault[0] not in said]
         raise _card_error(source, faults, error.partial) from None
     if faults:
         raise _card_error(source, faults, model)
