@@ -1,0 +1,146 @@
+"""What a replay says of communication: how much of it, how much hidden, by what, at what bound."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from gshard_moe.timeline.program import COMPUTE, Program
+from gshard_moe.timeline.replay import Interval, critical_path, replay
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program, with all its runs.
+
+    Attributes:
+      name: in the program.
+      kind: `all-to-all`, ...
+      link: the class of links.
+      scope: where in the model.
+      count: how often it runs.
+      sent: bytes that a device sends, all runs together.
+      seconds: on the link, all runs together.
+      exposed, hidden: of these seconds: while the core stood still for a collective, and the rest.
+      hidden_by: seconds of the core's work beside it, by the scope of that work, longest first.
+    """
+
+    name: str
+    kind: str
+    link: str
+    scope: str
+    count: int
+    sent: float
+    seconds: float
+    exposed: float
+    hidden: float
+    hidden_by: dict[str, float]
+
+
+class Report(NamedTuple):
+    """A program's time, and what of its communication is hidden.
+
+    Attributes:
+      step_s: the whole.
+      compute_s: the core at work.
+      comm_s: the sum of the collectives' durations.
+      exposed_s: of these, while the core stood still for a collective.
+      hidden_share: 1 - exposed_s / comm_s; 1 without communication.
+      serial_s: the same schedule with every collective made synchronous.
+      lower_bound_s: the largest of what any resource is busy for and the critical path.
+      bound_by: which of these it is: a resource, or `critical path`.
+      guessed_share: of `step_s`, the share of operations whose duration is a guess.
+      collectives: in program order.
+    """
+
+    step_s: float
+    compute_s: float
+    comm_s: float
+    exposed_s: float
+    hidden_share: float
+    serial_s: float
+    lower_bound_s: float
+    bound_by: str
+    guessed_share: float
+    collectives: list[Collective]
+
+
+def report(program: Program) -> Report:
+    """Replays a program and says what its communication costs."""
+    played = replay(program)
+    flights = [
+        i for i in played.intervals if i.operation.role == "collective" and i.what != "stall"
+    ]
+    collectives = _merged(_collective(flight, played.intervals) for flight in flights)
+    busy: dict[str, float] = collections.defaultdict(float)
+    guessed = 0.0
+    for interval in played.intervals:
+        if interval.what != "stall":
+            busy[interval.operation.resource] += interval.seconds * interval.times
+            guessed += interval.seconds * interval.times * interval.operation.guessed
+    bounds = dict(busy) | {"critical path": critical_path(program)}
+    bound_by = max(bounds, key=lambda name: bounds[name], default="")
+    comm = sum((collective.seconds for collective in collectives), 0.0)
+    exposed = sum((collective.exposed for collective in collectives), 0.0)
+    return Report(
+        step_s=played.seconds,
+        compute_s=busy[COMPUTE],
+        comm_s=comm,
+        exposed_s=exposed,
+        hidden_share=1 - exposed / comm if comm else 1.0,
+        serial_s=replay(program, overlap=False).seconds,
+        lower_bound_s=bounds[bound_by],
+        bound_by=bound_by,
+        guessed_share=guessed / played.seconds if played.seconds else 0.0,
+        collectives=collectives,
+    )
+
+
+def _collective(flight: Interval, intervals: Iterable[Interval]) -> Collective:
+    """Says of one interval of a collective what the core did meanwhile."""
+    exposed, beside = 0.0, collections.defaultdict(float)
+    for other in intervals:
+        begin, end = max(flight.begin, other.begin), min(flight.end, other.end)
+        if begin >= end:
+            continue
+        if other.what == "stall" and other.operation.role == "collective":
+            exposed += (end - begin) * flight.times
+        elif other.what == "compute":
+            beside[other.operation.scope or other.operation.name] += (end - begin) * flight.times
+    operation, times = flight.operation, flight.times
+    seconds = flight.seconds * times
+    exposed = min(exposed, seconds)  # sums of rounded numbers
+    return Collective(
+        name=operation.name,
+        kind=operation.kind,
+        link=operation.resource,
+        scope=operation.scope,
+        count=times,
+        sent=operation.sent * times,
+        seconds=seconds,
+        exposed=exposed,
+        hidden=seconds - exposed,
+        hidden_by=_longest_first(beside),
+    )
+
+
+def _merged(found: Iterable[Collective]) -> list[Collective]:
+    """Adds up the intervals of the same collective, where a loop was replayed run by run."""
+    merged: dict[str, Collective] = {}
+    for one in found:
+        before = merged.get(one.name)
+        if before is None:
+            merged[one.name] = one
+            continue
+        beside = collections.Counter(before.hidden_by)
+        beside.update(one.hidden_by)
+        sums = {
+            name: getattr(before, name) + getattr(one, name)
+            for name in ("count", "sent", "seconds", "exposed", "hidden")
+        }
+        merged[one.name] = dataclasses.replace(before, hidden_by=_longest_first(beside), **sums)
+    return list(merged.values())
+
+
+def _longest_first(seconds: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
