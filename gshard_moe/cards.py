@@ -17,12 +17,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gshard_moe import config
+from gshard_moe import config, hardware
 
-Kind = Literal["models", "shardings"]
+Kind = Literal["models", "shardings", "chips"]
 _PACKAGE = pathlib.Path(__file__).parent
-# The wheel carries the cards inside the package; a checkout has them beside it.
-_FOLDERS = (_PACKAGE / "_cards", _PACKAGE.parent)
+# The wheel carries the cards inside the package, a checkout beside it; chips are always inside.
+_FOLDERS = (_PACKAGE / "_cards", _PACKAGE.parent, _PACKAGE / "hardware")
 # What a model's [moe] table takes from the model instead of saying it again.
 _INHERITED_BY_MOE = ("model_dim", "bias")
 # The keys of [layout] that are not roles.
@@ -86,6 +86,20 @@ def load_sharding(name_or_path: str | os.PathLike[str]) -> config.ShardingConfig
     """
     path = path_of("shardings", name_or_path)
     return parse_sharding(_read(path), source=_shown(path))
+
+
+def load_chip(name_or_path: str | os.PathLike[str]) -> hardware.Chip:
+    """Reads what a chip can do.
+
+    Raises:
+      CardError: with every fault of the file.
+    """
+    path = path_of("chips", name_or_path)
+    source = _shown(path)
+    try:
+        return _read_table(hardware.Chip, _toml(_read(path), source))
+    except config.ConfigError as error:
+        raise _card_error(source, error.faults, error.partial) from None
 
 
 def source_of(kind: Kind, name_or_path: str | os.PathLike[str]) -> str:
