@@ -42,6 +42,7 @@ class Instruction:
       opcode: `fusion`, `all-to-all-start`, ...
       shape: of the result, as written.
       operands: names of instructions of the same computation.
+      literal: of a constant, its value as written; of a parameter, its number.
       attributes: what follows the operands, as written.
     """
 
@@ -49,6 +50,7 @@ class Instruction:
     opcode: str
     shape: str
     operands: tuple[str, ...]
+    literal: str
     attributes: str
 
     @functools.cached_property
@@ -203,8 +205,10 @@ def _instruction(name: str, text: str, number: int) -> Instruction:
         raise TextError(f"text: line {number} must name an operation; got {text[:80]!r}")
     end = _matching(rest, opcode.end() - 1)
     inside = rest[opcode.end() : end - 1]
-    operands = () if opcode[1] in ("constant", "parameter") else _operands(inside)
-    return Instruction(name, opcode[1], shape, operands, rest[end:].lstrip(", "))
+    is_literal = opcode[1] in ("constant", "parameter")
+    operands = () if is_literal else _operands(inside)
+    literal = inside if is_literal else ""
+    return Instruction(name, opcode[1], shape, operands, literal, rest[end:].lstrip(", "))
 
 
 def _operands(text: str) -> tuple[str, ...]:

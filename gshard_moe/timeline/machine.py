@@ -1,0 +1,132 @@
+"""Where devices are, and how long a collective takes between them: two models of the links.
+
+`lhs` prices as XLA's own latency-hiding scheduler does where that is known (all-to-all and
+permute), `bisect` by the links that cut the group in two: no schedule of the same links is faster.
+Both know bandwidth and, beyond a torus, one latency; neither knows contention with other groups,
+congestion, or what a host does meanwhile.
+
+B bytes of a device, P devices of a group.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from gshard_moe.hardware import Chip
+
+LinkModel = Literal["lhs", "bisect"]
+# Of the bytes B that a device holds before a collective, what it sends.
+_SENT = {
+    "all-to-all": lambda B, P: B * (P - 1) / P,
+    "ragged-all-to-all": lambda B, P: B * (P - 1) / P,
+    "all-gather": lambda B, P: B * (P - 1),
+    "reduce-scatter": lambda B, P: B * (P - 1) / P,
+    "all-reduce": lambda B, P: 2 * B * (P - 1) / P,
+    "collective-permute": lambda B, P: B,
+    "collective-broadcast": lambda B, P: B,
+}
+KINDS = tuple(_SENT)
+
+
+class Transfer(NamedTuple):
+    """What one collective costs.
+
+    Attributes:
+      link: the class of links: `ici` with the dims of the torus it runs along, `nvlink`, `network`.
+      sent: bytes that a device sends.
+      seconds: how long.
+    """
+
+    link: str
+    sent: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices in space.
+
+    Attributes:
+      chip: what each device is.
+      coords: of each device, in the order of the program's partitions: in the torus, or empty.
+      islands: the slice or node of each device; between them is the network.
+      wraps: which dims of the torus close on themselves.
+    """
+
+    chip: Chip
+    coords: tuple[tuple[int, ...], ...]
+    islands: tuple[int, ...]
+    wraps: tuple[bool, ...] = ()
+
+    def transfer(self, kind: str, held: float, group: Sequence[int], model: LinkModel) -> Transfer:
+        """Prices a collective of one group; all groups of it are alike.
+
+        Args:
+          kind: of `KINDS`.
+          held: B, bytes of a device's operand.
+          group: its partitions; of a permute one pair that is farthest apart.
+          model: of the links.
+        """
+        P = len(group)
+        sent = _SENT[kind](held, P)
+        if P == 1:
+            return Transfer("none", 0.0, 0.0)
+        islands = {self.islands[i] for i in group}
+        if len(islands) > 1:
+            return self._over_the_network(kind, held, sent, P, len(islands))
+        if self.chip.fabric == "switch":
+            link = self.chip.link
+            return Transfer("nvlink", sent, link.latency_us * 1e-6 + sent / (link.gb_per_s * 1e9))
+        return self._on_a_torus(kind, held, sent, group, model)
+
+    def _over_the_network(
+        self, kind: str, held: float, sent: float, P: int, num_islands: int
+    ) -> Transfer:
+        """Each device has its own card, and what crosses is spread over all of them."""
+        link = self.chip.network
+        if kind in ("collective-permute", "collective-broadcast"):
+            crossing = held
+        elif kind.endswith("all-to-all"):
+            crossing = held * (1 - 1 / num_islands)
+        else:  # in rings: each island's part goes once through every other island
+            crossing = sent / (P - 1) * (num_islands - 1)
+        return Transfer("network", sent, link.latency_us * 1e-6 + crossing / (link.gb_per_s * 1e9))
+
+    def _on_a_torus(
+        self, kind: str, held: float, sent: float, group: Sequence[int], model: LinkModel
+    ) -> Transfer:
+        places = [self.coords[i] for i in group]
+        extents = {
+            dim: len(values)
+            for dim in range(len(places[0]))
+            if len(values := {place[dim] for place in places}) > 1
+        }
+        width = self.chip.link.gb_per_s * 1e9
+        if not extents:  # the devices of one chip
+            return Transfer("chip", sent, sent / self.chip.memory_bandwidth)
+        longest = max(extents, key=lambda dim: extents[dim])
+        wrapped = self.wraps[longest]
+        if kind == "collective-permute":
+            seconds = sent / width
+        elif kind.endswith("all-to-all"):
+            # The compiler's price; or half of what all hold, over the links across the longest dim.
+            seconds = sent * extents[longest] / 2 / width
+            if model == "bisect":
+                seconds = held * extents[longest] / 4 / (2 if wrapped else 1) / width
+        else:
+            # A ring both ways round; or a ring along each dim at once.
+            rings = 1 if model == "lhs" else len(extents)
+            seconds = sent / (2 * rings * width)
+        return Transfer("ici:" + "".join("xyz"[dim] for dim in sorted(extents)), sent, seconds)
+
+
+def farthest(machine: Machine, pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns a pair of a permute that leaves its island, if there is one, else any that moves."""
+
+    def distance(pair: tuple[int, int]) -> tuple[bool, float]:
+        a, b = pair
+        apart = machine.islands[a] != machine.islands[b]
+        return apart, math.dist(machine.coords[a], machine.coords[b])
+
+    return max(pairs, key=distance)
