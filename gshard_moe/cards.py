@@ -102,6 +102,21 @@ def load_chip(name_or_path: str | os.PathLike[str]) -> hardware.Chip:
         raise _card_error(source, error.faults, error.partial) from None
 
 
+def gpu_target(name: str) -> str:
+    """Returns what XLA is told of a GPU that is not there: a GpuTargetConfigProto, as text.
+
+    Raises:
+      CardError: if there is none of that name.
+    """
+    folder = _PACKAGE / "hardware" / "gpu_targets"
+    path = folder / f"{name}.txtpb"
+    there = sorted(path.stem for path in folder.glob("*.txtpb"))
+    if name not in there:
+        known = ", ".join(there)
+        raise CardError(f"gpu_targets: must have the GPU; got {config.shown(name)}; has {known}")
+    return _read(path)
+
+
 def source_of(kind: Kind, name_or_path: str | os.PathLike[str]) -> str:
     """Returns the card's file as messages name it: `shardings/expert.toml`."""
     return _shown(path_of(kind, name_or_path))

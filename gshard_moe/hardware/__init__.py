@@ -42,6 +42,8 @@ class Chip(Checked):
         reach.
       fabric: `torus`: a device has two links a dim; `switch`: all devices of a node are one hop
         away.
+      wrap_multiple: a torus closes on itself in slices whose every dim is a multiple of it; 0:
+        none does.
       link: within a slice or node (ICI, NVLink).
       network: between slices or nodes (DCN, InfiniBand), of one device.
     """
@@ -54,13 +56,14 @@ class Chip(Checked):
     devices_per_chip: int
     kernel_efficiency: float
     fabric: Literal["torus", "switch"]
+    wrap_multiple: int
     link: Link
     network: Link
 
     def _check(self, faults: Faults) -> None:
         faults.positive("peak_tflops", "hbm_gib", "hbm_gb_per_s", "devices_per_chip")
         faults.positive("kernel_efficiency")
-        faults.not_negative("clock_mhz")
+        faults.not_negative("clock_mhz", "wrap_multiple")
         faults.require(
             "kernel_efficiency",
             ("kernel_efficiency",),

@@ -59,6 +59,12 @@ class Instruction:
         return shape_bytes(self.shape)
 
     @functools.cached_property
+    def dims(self) -> tuple[int, ...]:
+        """Sizes of the result's dims; of a tuple, of its first array."""
+        found = _ARRAY.search(self.shape)
+        return tuple(_sizes(found[2])) if found else ()
+
+    @functools.cached_property
     def op_name(self) -> str:
         """Where it comes from, `jit(f)/layers/exchange/...`; empty if nothing is said."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
@@ -166,9 +172,12 @@ def shape_bytes(shape: str) -> int:
         bits = _BITS.get(dtype, 8 if dtype.startswith("f8") else None)
         if bits is None:
             raise TextError(f"shape: must be of a known dtype; got {dtype!r} in {shape[:80]!r}")
-        sizes = [int(size.replace("<=", "")) for size in dims.split(",") if size.strip()]
-        total += math.ceil(math.prod(sizes) * bits / 8)
+        total += math.ceil(math.prod(_sizes(dims)) * bits / 8)
     return total
+
+
+def _sizes(dims: str) -> list[int]:
+    return [int(size.replace("<=", "")) for size in dims.split(",") if size.strip()]
 
 
 def _computations(lines: list[str]) -> Iterator[tuple[Computation, bool]]:

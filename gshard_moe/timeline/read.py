@@ -13,8 +13,8 @@ import dataclasses
 import re
 
 from gshard_moe.hardware import Chip
+from gshard_moe.timeline import costs, hlo, machine
 from gshard_moe.timeline import groups as groups_
-from gshard_moe.timeline import hlo, machine
 from gshard_moe.timeline.hlo import Computation, Instruction, Module, TextError
 from gshard_moe.timeline.machine import LinkModel, Machine
 from gshard_moe.timeline.program import COMPUTE, Operation, Program, Step
@@ -164,7 +164,7 @@ class _Translation:
         kind = inside.opcode.removesuffix("-start")
         if kind in machine.KINDS:
             return self._collective(instruction, inside, kind)
-        seconds, guessed = self._seconds(instruction)
+        seconds, flops, guessed = self._seconds(instruction)
         resource, role = COMPUTE, "compute"
         if instruction.opcode in _COPIES:
             resource, role = _HBM, "copy"
@@ -181,6 +181,7 @@ class _Translation:
             role,
             scope=scope(instruction.op_name),
             kind=instruction.opcode,
+            flops=flops,
             guessed=guessed,
         )
 
@@ -215,28 +216,18 @@ class _Translation:
         by_name = self.computation.by_name
         return [by_name[operand].result_bytes for operand in instruction.operands]
 
-    def _seconds(self, instruction: Instruction) -> tuple[float, bool]:
-        """Returns how long an instruction takes, and whether that is a guess."""
+    def _seconds(self, instruction: Instruction) -> tuple[float, float, bool]:
+        """Returns an instruction's seconds and FLOPs, and whether the seconds are a guess."""
         chip = self.reader.machine.chip
-        moved = sum(self._operand_bytes(instruction)) + instruction.result_bytes
-        memory = moved / chip.memory_bandwidth
-        if instruction.opcode == "custom-call":
-            return max(
-                _kernel_flops(instruction) / (chip.kernel_efficiency * chip.flops), memory
-            ), True
+        module = self.reader.module
+        memory = costs.moved_bytes(module, self.computation, instruction) / chip.memory_bandwidth
+        flops = costs.flops(module, self.computation, instruction)
         cycles = _cycles(instruction, chip)
-        if self._multiplies(instruction):
-            return (memory if cycles is None else cycles), cycles is None
-        return (memory if cycles is None else min(cycles, memory)), False
-
-    def _multiplies(self, instruction: Instruction) -> bool:
-        if instruction.opcode in ("dot", "convolution"):
-            return True
-        return instruction.opcode == "fusion" and any(
-            inner.opcode in ("dot", "convolution")
-            for name in instruction.called("calls")
-            for inner in _all_instructions(self.reader.module, name)
-        )
+        if instruction.opcode == "custom-call" or (flops and cycles is None):
+            return max(flops / (chip.kernel_efficiency * chip.flops), memory), flops, True
+        if cycles is None:
+            return memory, flops, False
+        return (cycles if flops else min(cycles, memory)), flops, False
 
 
 def scope(op_name: str) -> str:
@@ -260,15 +251,6 @@ def _nothing(step: Step) -> Operation:
     return Operation(f"{step.operation.name} (issued)", COMPUTE, 0.0)
 
 
-def _all_instructions(module: Module, name: str) -> list[Instruction]:
-    found = []
-    for instruction in module.computations[name].instructions:
-        found.append(instruction)
-        for inner in instruction.called("calls"):
-            found += _all_instructions(module, inner)
-    return found
-
-
 def _cycles(instruction: Instruction, chip: Chip) -> float | None:
     """Returns the compiler's estimate in seconds, or None."""
     window = instruction.backend_config.get("window_config")
@@ -276,13 +258,6 @@ def _cycles(instruction: Instruction, chip: Chip) -> float | None:
         return None
     cycles = int(window.get("estimated_cycles", _NO_ESTIMATE))
     return None if cycles >= _NO_ESTIMATE else cycles / (chip.clock_mhz * 1e6)
-
-
-def _kernel_flops(instruction: Instruction) -> float:
-    """Returns what a kernel says of its own arithmetic; 0 if nothing."""
-    config = instruction.backend_config.get("custom_call_config", {})
-    estimate = config.get("cost_estimate", {}) if isinstance(config, dict) else {}
-    return float(estimate.get("flops", 0.0))
 
 
 def _trips(instruction: Instruction, condition: Computation) -> int:

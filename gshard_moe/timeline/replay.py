@@ -51,23 +51,26 @@ class Replay(NamedTuple):
 
 @dataclasses.dataclass
 class _Clock:
+    each_once: bool
     now: float = 0.0
     free: dict[str, float] = dataclasses.field(default_factory=dict)
     flying: dict[Operation, float] = dataclasses.field(default_factory=dict)  # to their ends
     log: list[Interval] = dataclasses.field(default_factory=list)
 
 
-def replay(program: Program, *, overlap: bool = True) -> Replay:
+def replay(program: Program, *, overlap: bool = True, each_once: bool = False) -> Replay:
     """Plays a program.
 
     Args:
       program: what to play.
       overlap: False makes every collective synchronous: the core waits for it where it is started.
+      each_once: a loop takes the time of one iteration, so that intervals follow each other without
+        a gap: to be looked at. They still say how often they happen.
     Raises:
       ProgramError: if what is waited for was not started, or what is started is not waited for in
         the same computation.
     """
-    clock = _Clock()
+    clock = _Clock(each_once)
     _play(program, clock, overlap=overlap, times=1)
     return Replay(clock.now, clock.log)
 
@@ -117,13 +120,14 @@ def _play(program: Program, clock: _Clock, *, overlap: bool, times: int) -> None
 
 def _loop(step: Step, clock: _Clock, *, overlap: bool, times: int) -> None:
     (body,) = step.bodies
-    if clock.flying:
+    if clock.flying and not clock.each_once:
         for _ in range(step.trips):
             _play(body, clock, overlap=overlap, times=times)
     elif step.trips:
         begin = clock.now
         _play(body, clock, overlap=overlap, times=times * step.trips)
-        clock.now = begin + (clock.now - begin) * step.trips
+        if not clock.each_once:
+            clock.now = begin + (clock.now - begin) * step.trips
 
 
 def _branch(step: Step, clock: _Clock, *, overlap: bool, times: int) -> None:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from gshard_moe.timeline.program import COMPUTE, Program
@@ -68,30 +68,47 @@ class Report(NamedTuple):
 def report(program: Program) -> Report:
     """Replays a program and says what its communication costs."""
     played = replay(program)
-    flights = [
-        i for i in played.intervals if i.operation.role == "collective" and i.what != "stall"
-    ]
-    collectives = _merged(_collective(flight, played.intervals) for flight in flights)
+    return summary(
+        played.intervals,
+        step_s=played.seconds,
+        serial_s=replay(program, overlap=False).seconds,
+        critical_path_s=critical_path(program),
+    )
+
+
+def summary(
+    intervals: Sequence[Interval], *, step_s: float, serial_s: float, critical_path_s: float
+) -> Report:
+    """Says of what happened, replayed or measured, what its communication costs.
+
+    Args:
+      intervals: of one device.
+      step_s: how long all of it took.
+      serial_s: how long it would take with every collective made synchronous.
+      critical_path_s: the longest chain of operations that need each other; 0 if it is not known.
+    """
+    flights = [i for i in intervals if i.operation.role == "collective" and i.what != "stall"]
+    collectives = _merged(_collective(flight, intervals) for flight in flights)
     busy: dict[str, float] = collections.defaultdict(float)
     guessed = 0.0
-    for interval in played.intervals:
+    for interval in intervals:
         if interval.what != "stall":
             busy[interval.operation.resource] += interval.seconds * interval.times
             guessed += interval.seconds * interval.times * interval.operation.guessed
-    bounds = dict(busy) | {"critical path": critical_path(program)}
+    bounds = dict(busy) | {"critical path": critical_path_s}
     bound_by = max(bounds, key=lambda name: bounds[name], default="")
     comm = sum((collective.seconds for collective in collectives), 0.0)
     exposed = sum((collective.exposed for collective in collectives), 0.0)
     return Report(
-        step_s=played.seconds,
+        step_s=step_s,
         compute_s=busy[COMPUTE],
         comm_s=comm,
         exposed_s=exposed,
         hidden_share=1 - exposed / comm if comm else 1.0,
-        serial_s=replay(program, overlap=False).seconds,
+        serial_s=serial_s,
         lower_bound_s=bounds[bound_by],
         bound_by=bound_by,
-        guessed_share=guessed / played.seconds if played.seconds else 0.0,
+        guessed_share=guessed / step_s if step_s else 0.0,
         collectives=collectives,
     )
 
