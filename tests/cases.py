@@ -84,11 +84,12 @@ def params(config: ModelConfig) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def layout(card: str, *, mesh: MeshLike = None, **compute) -> Layout:
+def layout(card: str, *, mesh: MeshLike = None, chunks: int = 1, **compute) -> Layout:
     """A card's layout with other `[compute]`, on all devices; `single` is on the first."""
     sharding = load_sharding(card)
     compute = dataclasses.replace(sharding.compute, **compute)
-    sharding = dataclasses.replace(sharding, compute=compute)
+    exchange = dataclasses.replace(sharding.exchange, chunks=chunks)
+    sharding = dataclasses.replace(sharding, compute=compute, exchange=exchange)
     if mesh is None and sharding.mesh.shape == (1,):
         mesh = Layout(sharding, source=card).mesh(jax.devices()[:1])
     return Layout(sharding, source=card, mesh=mesh)

@@ -19,6 +19,16 @@ MESHES = (
     ("expert_model", "expert=2,model=4"),
     ("expert_model", "expert=8,model=1"),
 )
+# In chunks: by expert, of 8, 2 and 4 on a device, and by capacity, with one expert on a device.
+CHUNKS = (
+    ("single", None, 3),
+    ("data", None, 8),
+    ("expert_data", None, 2),
+    ("expert_data", "data=4,expert=2", 3),
+    ("expert_fsdp", None, 2),
+    ("expert_model", None, 2),
+    ("expert", None, 2),
+)
 # Of a router's gradient on Gaussian data, relative to its largest number. Softmax is not exact, so
 # two orders of summing 64 tokens differ by a few units in the last place of float32.
 ROUTER_TOLERANCE = 1e-5
@@ -75,6 +85,25 @@ def test_the_other_dispatch(card):
 @pytest.mark.parametrize(("card", "mesh"), MESHES)
 def test_meshes_of_other_shapes(card, mesh):
     check(integer_case.config(), cases.layout(card, mesh=mesh))
+
+
+@pytest.mark.parametrize(("card", "mesh", "chunks"), CHUNKS)
+def test_chunks_of_equal_and_other_sizes(card, mesh, chunks):
+    check(integer_case.config(), cases.layout(card, mesh=mesh, chunks=chunks))
+
+
+def test_chunks_by_capacity_and_einsum():
+    check(
+        integer_case.config(capacity_factor=2.0),
+        cases.layout("expert", chunks=3, dispatch="einsum"),
+    )
+
+
+def test_more_chunks_than_experts_and_slots_are_refused():
+    config = integer_case.config()
+    refused = r"chunks=9, experts on a device=2, C=2; use fewer chunks or larger groups"
+    with pytest.raises(ValueError, match=refused):
+        integer_case.run(expected(config)[0], config, cases.layout("expert_data", chunks=9))
 
 
 def test_choice_order_and_one_choice_when_sharded():

@@ -13,6 +13,7 @@ from gshard_moe.timeline import (
     critical_path,
     replay,
     report,
+    without_overlap,
 )
 
 
@@ -224,7 +225,7 @@ def test_what_holds_of_every_program(plan: list[tuple]):
 
 @given(plans())
 def test_made_synchronous_no_collective_is_beside_compute(plan: list[tuple]):
-    played = replay(built(plan), overlap=False)
+    played = replay(without_overlap(built(plan)))
     computing = [i for i in played.intervals if i.what == "compute"]
     flights = [
         i for i in played.intervals if i.what == "flight" and i.operation.role == "collective"

@@ -69,8 +69,12 @@ def small(name: str) -> config.ModelConfig:
     )
 
 
-# A card, what it changes in [compute], and what the optimiser keeps elsewhere.
+# A card, what it changes in [compute] (`chunks` is of [exchange]), and what the optimiser keeps
+# elsewhere. With chunks, E / expert = 2 is cut by expert and 1 by capacity.
 COMPILED = (
+    ("expert_data", {"chunks": 2}, {}),
+    ("expert", {"chunks": 3}, {}),
+    ("expert_model", {"chunks": 2}, {}),
     ("data", {}, {}),
     ("expert_model", {"dispatch": "ragged"}, {}),
     ("expert_model", {"dispatch": "ragged", "remat": "full"}, {}),
@@ -89,12 +93,14 @@ def test_collectives_are_those_of_the_compiled_step(card, changes, optimizer):
     model = small("tiny")
     layout = Layout.load(card)
     # Unrolled, so that each collective stands in the text as often as it runs.
+    changes = {"remat": "none"} | changes
+    exchange = config.ExchangeConfig(chunks=changes.pop("chunks", 1))
     compute = dataclasses.replace(layout.config.compute, layers="unroll", **changes)
     gather = layout.config.layout.gather
     if compute.dispatch == "ragged":
         gather = (*gather, "expert")
     placed = dataclasses.replace(layout.config.layout, optimizer=optimizer, gather=gather)
-    sharding = dataclasses.replace(layout.config, compute=compute, layout=placed)
+    sharding = dataclasses.replace(layout.config, compute=compute, layout=placed, exchange=exchange)
     layout = Layout(sharding, mesh=layout.mesh())
     trained = state.Model(model, layout)
     tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32, sharding=layout.sharding("token_ids"))

@@ -2,6 +2,7 @@
 
 from gshard_moe.aot.cluster import Cluster, ClusterError, cluster, platform_alone
 from gshard_moe.aot.compile import Compiled, CompileError, Memory, compile_lowered
+from gshard_moe.aot.jit import JitWithOptions, jit
 from gshard_moe.aot.options import OPTIONS, Option, compiler_options, generation_of
 
 __all__ = [
@@ -10,11 +11,13 @@ __all__ = [
     "ClusterError",
     "CompileError",
     "Compiled",
+    "JitWithOptions",
     "Memory",
     "Option",
     "cluster",
     "compile_lowered",
     "compiler_options",
     "generation_of",
+    "jit",
     "platform_alone",
 ]

@@ -76,12 +76,13 @@ def platform_alone() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def cluster(name: str, *, slices: int = 1) -> Cluster:
+def cluster(name: str, *, slices: int = 1, chip: str | os.PathLike[str] | None = None) -> Cluster:
     """Describes a cluster.
 
     Args:
       name: `GENERATION:AxBxC` of TPUs, `CHIP:NODESxGPUS` of GPUs.
       slices: how many of these TPU slices are joined by the network.
+      chip: a file with other figures of the chip (`cards.load_chip`).
     Raises:
       ClusterError: if there is no such thing, or the compiler for it is not installed.
     """
@@ -94,10 +95,15 @@ def cluster(name: str, *, slices: int = 1) -> Cluster:
         )
     if slices < 1:
         raise ClusterError(f"slices: must be positive; got slices={slices}")
-    chip = cards.load_chip(generation)
+    figures = cards.load_chip(chip or generation)
+    expected = cards.load_chip(generation).platform
+    if figures.platform != expected:
+        raise ClusterError(
+            f"chip: must be of platform {expected!r} for {name!r}; got {figures.platform!r}"
+        )
     dims = tuple(int(size) for size in shape.split("x"))
-    describe = _tpu if chip.platform == "tpu" else _gpu
-    return describe(name, generation, chip, dims, slices)
+    describe = _tpu if expected == "tpu" else _gpu
+    return describe(name, generation, figures, dims, slices)
 
 
 def _is_size(text: str) -> bool:

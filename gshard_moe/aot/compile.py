@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gshard_moe.aot.cluster import Cluster
+from gshard_moe.aot.jit import blamed
 from gshard_moe.aot.options import Value, compiler_options
 from gshard_moe.timeline import hlo
 
@@ -127,9 +128,9 @@ def _tried(
             return None, options, refused, message
         if not options:
             raise CompileError(f"the compiler refuses the program: {message[:2000]}")
-        blamed = next((name for name in options if name in message), list(options)[-1])
-        refused[blamed] = message.strip().splitlines()[0]
-        del options[blamed]
+        name = blamed(options, message)
+        refused[name] = message.splitlines()[0]
+        del options[name]
 
 
 def _memory(program: Any, cluster: Cluster) -> Memory:

@@ -7,11 +7,19 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from gshard_moe.cli.compare import compare
+from gshard_moe.cli.compile import compile
 from gshard_moe.cli.explain import explain
 from gshard_moe.cli.sample import sample
 from gshard_moe.cli.train import train
 
-VERBS: dict[str, Callable[..., int]] = {"train": train, "sample": sample, "explain": explain}
+VERBS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "sample": sample,
+    "explain": explain,
+    "compile": compile,
+    "compare": compare,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gshard_moe import cards
+from gshard_moe.cli.sizes import shown_bytes
 from gshard_moe.layout import Layout
 from gshard_moe.layout.traffic import Collective
 from gshard_moe.train import inventory, traffic
@@ -83,7 +84,7 @@ def _print_tensors(console: Console, tensors: list[inventory.Tensor]) -> None:
         for tensor in tensors:
             if tensor.kind == kind:
                 shapes = (_shape(tensor.shape), tensor.spec, _shape(tensor.shape_per_device))
-                size = _bytes(tensor.bytes_per_device)
+                size = shown_bytes(tensor.bytes_per_device)
                 table.add_row(tensor.role, tensor.path, *shapes, tensor.dtype, size)
         console.print(table)
         console.print()
@@ -97,7 +98,7 @@ def _print_collectives(console: Console, collectives: list[Collective]) -> None:
     table.add_column("count", justify="right")
     table.add_column("a device sends", justify="right", no_wrap=True)
     for collective in collectives:
-        count, size = str(collective.count), _bytes(collective.bytes)
+        count, size = str(collective.count), shown_bytes(collective.bytes)
         table.add_row(collective.kind, collective.link, collective.role, count, size)
     if not collectives:
         table.add_row("none", "", "", "", "")
@@ -112,20 +113,10 @@ def _print_totals(
     counted = inventory.count_parameters(config)
     console.print(
         f"{counted.total / 1e9:,.3f} B parameters, {counted.active / 1e9:,.3f} B active per token; "
-        f"a device keeps {_bytes(totals.parameter_bytes)} of parameters and "
-        f"{_bytes(totals.moment_bytes)} of moments"
+        f"a device keeps {shown_bytes(totals.parameter_bytes)} of parameters and "
+        f"{shown_bytes(totals.moment_bytes)} of moments"
     )
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _bytes(count: int) -> str:
-    """Spells bytes in binary units."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.4g} {unit}"
-        size /= 1024
-    return f"{size:,.2f} TiB"

@@ -152,9 +152,15 @@ class ExchangeConfig(Checked):
 
     Attributes:
       tokens: `spmd`: annotations, from which XLA's partitioner makes the all-to-all (GShard).
+      chunks: into how many pieces the slots are cut, so that one travels while another is computed:
+        by expert where a device has as many, else by capacity. The function is the same.
     """
 
     tokens: Literal["spmd"] = "spmd"
+    chunks: int = 1
+
+    def _check(self, faults: Faults) -> None:
+        faults.positive("chunks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,3 +171,11 @@ class ShardingConfig(Checked):
     layout: LayoutConfig
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     exchange: ExchangeConfig = dataclasses.field(default_factory=ExchangeConfig)
+
+    def _check(self, faults: Faults) -> None:
+        faults.require(
+            "exchange.chunks",
+            ("exchange", "compute"),
+            lambda: self.exchange.chunks == 1 or self.compute.dispatch != "ragged",
+            'must be 1 with compute.dispatch = "ragged": its rows are not exchanged',
+        )

@@ -1,7 +1,7 @@
 """How tokens meet experts; every member computes the same function."""
 
-from gshard_moe.exchange.collectives import collectives
+from gshard_moe.exchange.collectives import collectives, of_weight
 from gshard_moe.exchange.rows import exchange as rows
 from gshard_moe.exchange.spmd import exchange as spmd
 
-__all__ = ["collectives", "rows", "spmd"]
+__all__ = ["collectives", "of_weight", "rows", "spmd"]

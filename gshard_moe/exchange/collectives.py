@@ -1,10 +1,12 @@
 """What the exchange that a card asks for sends, without compiling anything."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+from gshard_moe.exchange import chunks
 from gshard_moe.exchange.rows import collectives as of_rows
 from gshard_moe.exchange.spmd import collectives as of_spmd
-from gshard_moe.layout import Layout
+from gshard_moe.layout import Layout, traffic
 from gshard_moe.layout.traffic import Collective
 
 
@@ -35,3 +37,22 @@ def collectives(
         num_inputs=num_inputs,
         recomputed=recomputed,
     )
+
+
+def of_weight(
+    layout: Layout, whole: Sequence[Collective], sizes: Mapping[str, int]
+) -> list[Collective]:
+    """Returns what an expert weight's gathers and its gradient's sums become in chunks.
+
+    Args:
+      layout: on a mesh.
+      whole: what they are without.
+      sizes: of the dims E and C.
+    """
+    count = layout.config.exchange.chunks
+    if count == 1 or layout.config.compute.dispatch == "ragged":
+        return list(whole)
+    parts = math.prod(layout.axis_sizes[axis] for axis in layout.axes_of("slots", "E"))
+    where = chunks.cut(count, num_experts=sizes["E"], capacity=sizes["C"], parts=parts)
+    # By expert, each chunk has its own weights; by capacity, all of them again.
+    return traffic.cut(whole, count) if where.parts else traffic.times(whole, count)

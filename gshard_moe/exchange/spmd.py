@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key
 from gshard_moe import config as configs
 from gshard_moe import experts
 from gshard_moe.dispatch import Slots, einsum, gather
+from gshard_moe.exchange import chunks as chunking
 from gshard_moe.experts import Constrain, ExpertWeights, Use
 from gshard_moe.layout import Layout, traffic
 from gshard_moe.layout.traffic import Collective
@@ -33,6 +34,8 @@ def exchange(
     constrain: Constrain,
     use: Use,
     dropout_key_G: Key[Array, " G"] | None = None,
+    chunks: int = 1,
+    expert_parts: int = 1,
 ) -> Float[Array, "G S M"]:
     """Takes tokens to their experts and back.
 
@@ -45,8 +48,12 @@ def exchange(
       constrain: lays out a tensor by its role.
       use: lays out a weight for its use.
       dropout_key_G: a key for each group, where hidden units are dropped.
+      chunks: into how many pieces the slots are cut, to travel while others are computed.
+      expert_parts: into how many parts E is split on the wire.
     Returns:
       The weighted sum of each token's served experts.
+    Raises:
+      ValueError: if there are more chunks than local experts and than slots.
     Source: GShard, arXiv 2006.16668, algorithm 2 and section 3.2.
     """
     if dispatch == "einsum":
@@ -60,20 +67,33 @@ def exchange(
     else:
         xs_EGCM = gather.dispatch(x_GSM, slots)
         combine = functools.partial(gather.combine, slots=slots)
+    num_experts, _, capacity, _ = xs_EGCM.shape
+    where = chunking.cut(chunks, num_experts=num_experts, capacity=capacity, parts=expert_parts)
+
+    def run(chunk: chunking.Chunk) -> jax.Array:
+        """Takes a chunk to its experts and back; XLA interleaves what does not depend."""
+        with jax.named_scope("exchange"):
+            xs_EGCM = constrain("slots_wire", constrain("slots_source", chunk.xs_EGCM))
+            xs_EGCM = constrain("slots", xs_EGCM)
+        with jax.named_scope("expert"):
+            form = experts.slots_form(
+                constrain=constrain,
+                use=use,
+                dropout_key_G=dropout_key_G,
+                token_GEC=chunk.token_GEC,
+                expert_E=chunk.expert_E,
+                num_experts=num_experts,
+                dropout=config.expert_dropout,
+            )
+            ys_EGCM = experts.ffn(chunk.weights, xs_EGCM, config, form)
+        with jax.named_scope("exchange"):
+            return constrain("slots_source", constrain("slots_wire", ys_EGCM))
+
     with jax.named_scope("exchange"):
-        xs_EGCM = constrain("slots_wire", constrain("slots_source", xs_EGCM))
-        xs_EGCM = constrain("slots", xs_EGCM)
-    with jax.named_scope("expert"):
-        form = experts.slots_form(
-            constrain=constrain,
-            use=use,
-            dropout_key_G=dropout_key_G,
-            token_GEC=slots.token_GEC,
-            dropout=config.expert_dropout,
-        )
-        ys_EGCM = experts.ffn(weights, xs_EGCM, config, form)
+        pieces = chunking.split(xs_EGCM, weights, slots.token_GEC, where)
+    ys_EGCM = [run(piece) for piece in pieces]
     with jax.named_scope("exchange"):
-        ys_EGCM = constrain("slots_source", constrain("slots_wire", ys_EGCM))
+        ys_EGCM = constrain("slots_source", chunking.joined(ys_EGCM, where))
     with jax.named_scope("combine"):
         return combine(ys_EGCM)
 
@@ -130,6 +150,7 @@ def collectives(
     )
     # The backward of each way is the other way, with the same bytes. What is recomputed stops at
     # the expert outputs on the tokens' side, which the gradient of the gates needs.
-    forward = out + sums + back
-    backward = out + back + traffic.times(sums, num_inputs)
+    chunks = layout.config.exchange.chunks
+    forward = traffic.cut(out + sums + back, chunks)
+    backward = traffic.cut(out + back + traffic.times(sums, num_inputs), chunks)
     return forward + backward + traffic.times(whole, 2) + (forward if recomputed else [])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -129,6 +130,8 @@ def slots_form(
     use: Use,
     dropout_key_G: Key[Array, " G"] | None = None,
     token_GEC: Int[Array, "G E C"] | None = None,
+    expert_E: Int[np.ndarray, " E"] | None = None,
+    num_experts: int = 0,
     dropout: float = 0.0,
 ) -> Form:
     """Returns the form of slots [E, G, C, ...].
@@ -138,6 +141,8 @@ def slots_form(
       use: lays out a weight for its use.
       dropout_key_G: drops hidden units of each group's slots.
       token_GEC: the token in each slot, where hidden units are dropped.
+      expert_E: the numbers of the slots' experts, there.
+      num_experts: how many the layer has, there.
       dropout: the share of them.
     """
 
@@ -149,10 +154,9 @@ def slots_form(
 
     def drop(h_EGCH: jax.Array) -> jax.Array:
         """Drops hidden units of each token in each expert."""
-        assert dropout_key_G is not None and token_GEC is not None
-        num_experts = h_EGCH.shape[0]
+        assert dropout_key_G is not None and token_GEC is not None and expert_E is not None
         token_EGC = token_GEC.swapaxes(0, 1)
-        choice_EGC = token_EGC * num_experts + jnp.arange(num_experts)[:, None, None]
+        choice_EGC = token_EGC * num_experts + jnp.asarray(expert_E)[:, None, None]
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, 0))
         key_EGC = jax.vmap(fold, (None, 0))(dropout_key_G, choice_EGC)
         h_XH = dropped(h_EGCH.reshape(-1, h_EGCH.shape[-1]), key_EGC.reshape(-1), dropout)

@@ -88,6 +88,11 @@ def times(collectives: Iterable[Collective], count: int) -> list[Collective]:
     return [c._replace(count=c.count * count, bytes=c.bytes * count) for c in collectives]
 
 
+def cut(collectives: Iterable[Collective], count: int) -> list[Collective]:
+    """Cuts each collective into as many, which send the same together."""
+    return [c._replace(count=c.count * count) for c in collectives]
+
+
 def total(collectives: Iterable[Collective]) -> list[Collective]:
     """Adds up those of the same kind, link and role, in order of first appearance."""
     sums: dict[tuple, Collective] = {}

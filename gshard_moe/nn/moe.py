@@ -187,16 +187,21 @@ def _rows_to_add(
     """Returns how many rows of padding let any number of tokens be split, where none is dropped."""
     if layout is None or not config.is_unlimited(train=train):
         return 0
-    mesh = jax.sharding.get_abstract_mesh()
-    free = layout.axes if mesh.empty else layouts.free_axes(mesh)
-    parts = {
-        role: math.prod(layout.axis_sizes[a] for a in layout.axes_of(role, letter) if a in free)
-        for role, letter in (("groups", "G"), ("tokens", "B"))
-    }
+    parts = {"groups": _parts(layout, "groups", "G"), "tokens": _parts(layout, "tokens", "B")}
     batch, length, _ = x_BLM.shape
     # Whole rows that are whole groups, as many as there are parts of both.
     step = math.lcm(config.group_size * parts["groups"], length * parts["tokens"], length)
     return -(batch * length) % step // length
+
+
+def _parts(layout: Layout | None, role: str, letter: str) -> int:
+    """Returns into how many parts a dim of the arrays here is split; manual axes have done it."""
+    if layout is None:
+        return 1
+    mesh = jax.sharding.get_abstract_mesh()
+    free = layout.axes if mesh.empty else layouts.free_axes(mesh)
+    axes = [axis for axis in layout.axes_of(role, letter) if axis in free]
+    return math.prod(layout.axis_sizes[axis] for axis in axes)
 
 
 def _longer(x: jax.Array, more: int) -> jax.Array:
@@ -271,6 +276,8 @@ def _moe(
             weights.experts,
             dispatch="gather" if layout is None else layout.config.compute.dispatch,
             constrain=lay,
+            chunks=1 if layout is None else layout.config.exchange.chunks,
+            expert_parts=_parts(layout, "slots", "E"),
             **common,
         )
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))

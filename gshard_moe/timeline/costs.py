@@ -10,8 +10,12 @@ import re
 
 import numpy as np
 
+from gshard_moe.timeline import hlo
 from gshard_moe.timeline.hlo import Computation, Instruction, Module
 
+# Instructions that run what they call, and the keys under which they name it.
+_CALLERS = ("fusion", "fusion-start", "call", "call-start", "async-start", "custom-call-start")
+_CALLED = ("calls", "to_apply", "called_computations")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _VIEWS = ("bitcast", "reshape", "copy-done")
 
@@ -25,8 +29,8 @@ def flops(module: Module, computation: Computation, instruction: Instruction) ->
     if instruction.opcode == "custom-call":
         return _kernel(computation, instruction)
     found = 0.0
-    if instruction.opcode in ("fusion", "call", "async-start"):
-        for name in instruction.called("calls", "to_apply"):
+    if instruction.opcode in _CALLERS:
+        for name in instruction.called(*_CALLED):
             inside = module.computations[name]
             found += sum(flops(module, inside, inner) for inner in inside.instructions)
     return found
@@ -37,18 +41,41 @@ def moved_bytes(module: Module, computation: Computation, instruction: Instructi
     by_name = computation.by_name
     operands = [by_name[name] for name in instruction.operands]
     if instruction.opcode in _SLICES:
-        return 2 * instruction.result_bytes
+        return 2.0 * instruction.result_bytes
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * operands[1].result_bytes
-    bodies = instruction.called("calls") if instruction.opcode == "fusion" else []
+        return 2.0 * operands[1].result_bytes
+    bodies = instruction.called(*_CALLED) if instruction.opcode in _CALLERS else []
+    if not bodies and instruction.opcode.endswith("-start"):
+        return _copied(instruction, operands)
     if not bodies:
-        return sum(operand.result_bytes for operand in operands) + instruction.result_bytes
+        return float(sum(operand.result_bytes for operand in (*operands, instruction)))
     inside = module.computations[bodies[0]]
     read = [
         min(_read_of_parameter(module, inside, number), operand.result_bytes)
         for number, operand in enumerate(operands)
     ]
-    return sum(read) + _written(inside, inside.by_name[inside.root])
+    return sum(read) + _written(module, inside, inside.by_name[inside.root])
+
+
+def _copied(instruction: Instruction, operands: list[Instruction]) -> float:
+    """Returns the bytes of a copy that runs beside the core, on its ways from and to the memory.
+
+    Its result is `(to, from, context)`, or `((operands), to, context)` where it slices.
+    """
+    parts = hlo.parts(instruction.shape)
+    if instruction.opcode == "copy-start":
+        to, source = parts[0], parts[min(1, len(parts) - 1)]
+        size = hlo.shape_bytes(source)
+    else:
+        to, source = parts[min(1, len(parts) - 1)], operands[0].shape if operands else ""
+        sliced = instruction.opcode.removesuffix("-start") in _SLICES
+        size = hlo.shape_bytes(to) if sliced else sum(operand.result_bytes for operand in operands)
+    return float(size * _in_memory(source) + hlo.shape_bytes(to) * _in_memory(to))
+
+
+def _in_memory(shape: str) -> bool:
+    """Says whether an array is in the device's memory, and not in one of the core's own."""
+    return not re.search(r"S\(\d+\)", shape)
 
 
 def _read_of_parameter(module: Module, inside: Computation, number: int) -> float:
@@ -72,26 +99,37 @@ def _read_of(module: Module, inside: Computation, name: str) -> float:
             continue  # in place
         elif user.opcode in _VIEWS:
             total += _read_of(module, inside, user.name)
-        elif user.opcode == "fusion":
-            (body,) = user.called("calls")
+        elif user.opcode in _CALLERS and user.called(*_CALLED):
+            body = module.computations[user.called(*_CALLED)[0]]
             total += sum(
-                _read_of_parameter(module, module.computations[body], i)
+                _read_of_parameter(module, body, i)
                 for i, operand in enumerate(user.operands)
                 if operand == name
+            )
+        elif user.opcode == "tuple" and user.name != inside.root:
+            total += sum(
+                _read_of(module, inside, part.name)
+                for part in inside.instructions
+                if part.opcode == "get-tuple-element"
+                and part.operands == (user.name,)
+                and name == user.operands[int(part.attributes.partition("index=")[2].split(",")[0])]
             )
         else:
             return math.inf
     return total
 
 
-def _written(inside: Computation, root: Instruction) -> float:
+def _written(module: Module, inside: Computation, root: Instruction) -> float:
     if root.opcode == "tuple":
-        return sum(_written(inside, inside.by_name[name]) for name in root.operands)
+        return sum((_written(module, inside, inside.by_name[name]) for name in root.operands), 0.0)
     if root.opcode in _VIEWS:
-        return _written(inside, inside.by_name[root.operands[0]])
+        return _written(module, inside, inside.by_name[root.operands[0]])
+    if root.opcode == "fusion" and root.called("calls"):
+        body = module.computations[root.called("calls")[0]]
+        return _written(module, body, body.by_name[body.root])
     if root.opcode == "dynamic-update-slice":
-        return inside.by_name[root.operands[1]].result_bytes
-    return root.result_bytes
+        return float(inside.by_name[root.operands[1]].result_bytes)
+    return float(root.result_bytes)
 
 
 def _dot(computation: Computation, instruction: Instruction) -> float:
@@ -127,7 +165,6 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
     fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
     count = 2.0 * instruction.dims[of_out.index("b")] * instruction.dims[of_out.index("f")]
     count *= rhs[of_rhs.index("i")]
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     for dim in range(len(of_out) - 2):
         label = str(dim)
         count *= _taps(
@@ -139,7 +176,7 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
             data_dilation=int(_field(fields, "lhs_dilate", dim, "1")),
             size_dilation=int(_field(fields, "rhs_dilate", dim, "1")),
         )
-    return count / (int(groups[1]) if groups else 1)
+    return count
 
 
 def _taps(

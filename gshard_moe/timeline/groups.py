@@ -1,5 +1,6 @@
 """Which partitions take part in a collective, in any of XLA's spellings."""
 
+import itertools
 import math
 import re
 
@@ -7,11 +8,15 @@ from gshard_moe.timeline.hlo import Instruction, TextError
 
 
 def pairs(instruction: Instruction) -> list[tuple[int, int]]:
-    """Returns the (source, target) pairs of a permute."""
-    found = re.search(r"source_target_pairs=\{(.*?)\}(?:,|\s|$)", instruction.attributes + " ")
+    """Returns the (source, target) pairs of a permute.
+
+    Raises:
+      TextError: if it has none written.
+    """
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
     if not found:
         raise TextError(f"{instruction.name}: must have source_target_pairs")
-    numbers = re.findall(r"\{(\d+),(\d+)\}", found[0])
+    numbers = re.findall(r"\{(\d+),(\d+)\}", found[1])
     return [(int(a), int(b)) for a, b in numbers]
 
 
@@ -19,36 +24,70 @@ def groups(instruction: Instruction, num_partitions: int) -> list[list[int]]:
     """Returns the groups of a collective, each a list of partitions.
 
     XLA writes them as lists `{{0,1},{2,3}}`, as a reshaped and transposed count
-    `[4,2]<=[2,4]T(1,0)`, or by the axes of a mesh `mesh['a'=4,'b'=2] {'b'}`; nothing means all.
+    `[4,2]<=[2,4]T(1,0)`, or by the axes of a mesh `mesh['a'=4,'b'=2] {'b'}`, where `'a':(2)2` is
+    the part of an axis that is 2 long and inside of another 2; nothing means all.
+
+    Raises:
+      TextError: if they are written otherwise, or are not of these partitions.
     """
-    text = instruction.attributes
-    found = re.search(r"replica_groups=", text)
+    _, written, text = instruction.attributes.partition("replica_groups=")
+    if not written or text.startswith("{}"):
+        return [list(range(num_partitions))]
+    found = _listed(text) or _counted(text) or _on_a_mesh(text)
+    if not found or not all(found):
+        raise TextError(f"{instruction.name}: replica_groups must be known; got {text[:60]!r}")
+    most = max(max(group) for group in found)
+    if most >= num_partitions:
+        raise TextError(
+            f"{instruction.name}: replica_groups must be of the {num_partitions} partitions; got "
+            f"partition {most}"
+        )
+    return found
+
+
+def _listed(text: str) -> list[list[int]]:
+    found = re.match(r"\{((?:\{[\d,\s]*\},?)+)\}", text)
+    return [_integers(group) for group in re.findall(r"\{([^}]*)\}", found[1])] if found else []
+
+
+def _counted(text: str) -> list[list[int]]:
+    found = re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if not found:
-        return [list(range(num_partitions))]
-    text = text[found.end() :]
-    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    mesh = re.match(r"mesh\[(.*?)\] \{(.*?)\}", text)
-    if text.startswith("{{"):
-        listed = text[1 : text.index("}}") + 1]
-        return [_integers(group) for group in re.findall(r"\{([\d,\s]*)\}", listed)]
-    if text.startswith("{}"):
-        return [list(range(num_partitions))]
-    if iota:
-        count, size = _integers(iota[1])
-        dims = _integers(iota[2])
-        order = _integers(iota[3]) if iota[3] else list(range(len(dims)))
-        flat = _transposed(dims, order)
-        return [flat[i * size : (i + 1) * size] for i in range(count)]
-    if mesh:
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
-        named = re.findall(r"'([^']*)'", mesh[2])
-        axes = list(sizes)
-        order = [axes.index(a) for a in axes if a not in named]
-        order += [axes.index(a) for a in axes if a in named]
-        flat = _transposed(list(sizes.values()), order)
-        size = math.prod(sizes[a] for a in named)
-        return [flat[i : i + size] for i in range(0, len(flat), size)]
-    raise TextError(f"{instruction.name}: replica_groups must be known; got {text[:60]!r}")
+        return []
+    dims = _integers(found[3])
+    order = _integers(found[4]) if found[4] else list(range(len(dims)))
+    if sorted(order) != list(range(len(dims))):
+        return []
+    return _cut(_transposed(dims, order), int(found[2]))
+
+
+def _on_a_mesh(text: str) -> list[list[int]]:
+    """Cuts a mesh along the named axes, of which a part may be named alone."""
+    found = re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    if not found:
+        return []
+    axes = re.findall(r"'([^']*)'=(\d+)", found[1])
+    named = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", found[2])
+    if not named or not {name for name, _, _ in named} <= {name for name, _ in axes}:
+        return []
+    dims, inside = [], []
+    for name, size in axes:
+        # Where the axis begins and ends, and each of its named parts.
+        whole = [(1, int(size))] if (name, "", "") in named else []
+        pieces = whole + [(int(pre), int(of)) for n, pre, of in named if n == name and pre]
+        edges = sorted({1, int(size), *(pre for pre, _ in pieces), *(p * of for p, of in pieces)})
+        for low, high in itertools.pairwise(edges) if int(size) > 1 else [(1, 1)]:
+            if high % low:
+                return []
+            dims.append(high // low)
+            inside.append(any(pre <= low and high <= pre * of for pre, of in pieces))
+    order = sorted(range(len(dims)), key=lambda dim: inside[dim])
+    size = math.prod(dim for dim, is_inside in zip(dims, inside, strict=True) if is_inside)
+    return _cut(_transposed(dims, order), size)
+
+
+def _cut(flat: list[int], size: int) -> list[list[int]]:
+    return [flat[i : i + size] for i in range(0, len(flat), size)] if size else []
 
 
 def _integers(text: str) -> list[int]:

@@ -26,6 +26,11 @@ _BITS = {
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=\s]*)\]")
 _NAME = re.compile(r"%?([\w.\-]+)")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
+# The keys under which an instruction names computations.
+_CALLS = (
+    *("calls", "body", "condition", "to_apply", "called_computations"),
+    *("branch_computations", "true_computation", "false_computation"),
+)
 _INSTRUCTION = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
 
 
@@ -176,6 +181,21 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
+def parts(shape: str) -> list[str]:
+    """Returns the parts of a tuple's shape, which may be tuples themselves; of an array, itself."""
+    shape = re.sub(r"/\*.*?\*/", "", shape)
+    if not shape.startswith("("):
+        return [shape]
+    found, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [part.strip() for part in found if part.strip()]
+
+
 def _sizes(dims: str) -> list[int]:
     return [int(size.replace("<=", "")) for size in dims.split(",") if size.strip()]
 
@@ -207,7 +227,7 @@ def _computations(lines: list[str]) -> Iterator[tuple[Computation, bool]]:
 
 def _instruction(name: str, text: str, number: int) -> Instruction:
     """Reads what stands after the equals sign: shape, opcode, operands, attributes."""
-    at = _matching(text, 0) if text.startswith("(") else re.match(r"[^\s]+", text + " ").end()  # type: ignore[union-attr]
+    at = _matching(text, 0) if text.startswith("(") else len(text.partition(" ")[0])
     shape, rest = text[:at], text[at:].lstrip()
     opcode = re.match(r"([a-z][\w\-]*)\(", rest)
     if not opcode:
@@ -239,17 +259,22 @@ def _matching(text: str, start: int) -> int:
 
 
 def _check_names(module: Module) -> None:
-    """Checks that what an instruction reads or calls is there."""
+    """Checks that what an instruction reads or calls stands before it."""
+    computations: set[str] = set()
     for computation in module.computations.values():
+        read: set[str] = set()
         for instruction in computation.instructions:
-            for called in instruction.called("calls", "body", "condition", "to_apply"):
-                if called not in module.computations:
+            for called in instruction.called(*_CALLS):
+                if called not in computations:
                     raise TextError(
-                        f"text: {instruction.name} calls {called}, which is not in the text"
+                        f"text: {instruction.name} calls {called}, which is not in the text before "
+                        "it"
                     )
             for operand in instruction.operands:
-                if operand not in computation.by_name:
+                if operand not in read:
                     raise TextError(
                         f"text: {instruction.name} reads {operand}, which is not in its "
-                        f"computation, {computation.name}"
+                        f"computation, {computation.name}, before it"
                     )
+            read.add(instruction.name)
+        computations.add(computation.name)

@@ -1,14 +1,16 @@
 """Where devices are, and how long a collective takes between them: two models of the links.
 
 `lhs` prices as XLA's own latency-hiding scheduler does where that is known (all-to-all and
-permute), `bisect` by the links that cut the group in two: no schedule of the same links is faster.
-Both know bandwidth and, beyond a torus, one latency; neither knows contention with other groups,
-congestion, or what a host does meanwhile.
+permute), `bisect` by the links that cut the group in two, or a device in a corner off: no schedule
+of the same links is faster. Both know bandwidth and, beyond a torus, one latency; neither knows
+contention with other groups, congestion, or what a host does meanwhile.
 
 B bytes of a device, P devices of a group.
 """
 
+import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -16,6 +18,7 @@ from typing import Literal, NamedTuple
 from gshard_moe.hardware import Chip
 
 LinkModel = Literal["lhs", "bisect"]
+MODELS: tuple[LinkModel, ...] = ("lhs", "bisect")
 # Of the bytes B that a device holds before a collective, what it sends.
 _SENT = {
     "all-to-all": lambda B, P: B * (P - 1) / P,
@@ -60,7 +63,7 @@ class Machine:
     wraps: tuple[bool, ...] = ()
 
     def transfer(self, kind: str, held: float, group: Sequence[int], model: LinkModel) -> Transfer:
-        """Prices a collective of one group; all groups of it are alike.
+        """Prices a collective of one group, as if the links were its own.
 
         Args:
           kind: of `KINDS`.
@@ -74,24 +77,39 @@ class Machine:
             return Transfer("none", 0.0, 0.0)
         islands = {self.islands[i] for i in group}
         if len(islands) > 1:
-            return self._over_the_network(kind, held, sent, P, len(islands))
+            return self._over_the_network(kind, held, sent, group, model)
         if self.chip.fabric == "switch":
             link = self.chip.link
             return Transfer("nvlink", sent, link.latency_us * 1e-6 + sent / (link.gb_per_s * 1e9))
         return self._on_a_torus(kind, held, sent, group, model)
 
     def _over_the_network(
-        self, kind: str, held: float, sent: float, P: int, num_islands: int
+        self, kind: str, held: float, sent: float, group: Sequence[int], model: LinkModel
     ) -> Transfer:
-        """Each device has its own card, and what crosses is spread over all of them."""
-        link = self.chip.network
+        """Each device has its own card, and what crosses is spread over all of them.
+
+        What stays on an island, or is spread out there, goes over its links at the same time.
+        """
+        link, P = self.chip.network, len(group)
+        members = collections.Counter(self.islands[i] for i in group)
+        num_islands = len(members)
         if kind in ("collective-permute", "collective-broadcast"):
             crossing = held
         elif kind.endswith("all-to-all"):
             crossing = held * (1 - 1 / num_islands)
         else:  # in rings: each island's part goes once through every other island
             crossing = sent / (P - 1) * (num_islands - 1)
-        return Transfer("network", sent, link.latency_us * 1e-6 + crossing / (link.gb_per_s * 1e9))
+        seconds = link.latency_us * 1e-6 + crossing / (link.gb_per_s * 1e9)
+        # Of B, what an island's devices exchange among themselves.
+        shares = {"all-gather": float(num_islands), "reduce-scatter": 1.0, "all-reduce": 1.0}
+        if kind.endswith("all-to-all"):
+            shares[kind] = 1 / num_islands
+        (largest, count), *_ = members.most_common()
+        if kind in shares and count > 1:
+            there = [i for i in group if self.islands[i] == largest]
+            inside = self.transfer(kind, held * shares[kind], there, model)
+            seconds = max(seconds, inside.seconds)
+        return Transfer("network", sent, seconds)
 
     def _on_a_torus(
         self, kind: str, held: float, sent: float, group: Sequence[int], model: LinkModel
@@ -106,19 +124,33 @@ class Machine:
         if not extents:  # the devices of one chip
             return Transfer("chip", sent, sent / self.chip.memory_bandwidth)
         longest = max(extents, key=lambda dim: extents[dim])
-        wrapped = self.wraps[longest]
+        # A part of a ring is a line.
+        rings = {
+            dim for dim, size in extents.items() if self.wraps[dim] and size == self._sizes[dim]
+        }
         if kind == "collective-permute":
             seconds = sent / width
         elif kind.endswith("all-to-all"):
-            # The compiler's price; or half of what all hold, over the links across the longest dim.
+            # The compiler's price; or what both halves have for each other, over the links across
+            # the longest dim.
             seconds = sent * extents[longest] / 2 / width
             if model == "bisect":
-                seconds = held * extents[longest] / 4 / (2 if wrapped else 1) / width
+                half = extents[longest] // 2
+                crossing = held * half * (extents[longest] - half) / extents[longest]
+                seconds = crossing / (2 if longest in rings else 1) / width
         else:
-            # A ring both ways round; or a ring along each dim at once.
-            rings = 1 if model == "lhs" else len(extents)
-            seconds = sent / (2 * rings * width)
+            # A ring both ways round, there and back on a line; or all links of a device in a corner
+            # at once.
+            links = 2 if rings or len(extents) > 1 else 1
+            if model == "bisect":
+                links = len(extents) + len(rings)
+            seconds = sent / (links * width)
         return Transfer("ici:" + "".join("xyz"[dim] for dim in sorted(extents)), sent, seconds)
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        """How many places the devices take along each dim of the torus."""
+        return tuple(len(set(along)) for along in zip(*self.coords, strict=True))
 
 
 def farthest(machine: Machine, pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:

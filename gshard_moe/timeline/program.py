@@ -75,3 +75,21 @@ class Program:
 
 class ProgramError(ValueError):
     """Says what about a program cannot be played."""
+
+
+def without_overlap(program: Program) -> Program:
+    """Returns the same schedule with every collective made synchronous."""
+    return Program(tuple(_synchronous(step) for step in program.steps))
+
+
+def _synchronous(step: Step) -> Step:
+    if step.bodies:
+        bodies = tuple(without_overlap(body) for body in step.bodies)
+        return dataclasses.replace(step, bodies=bodies)
+    operation = step.operation
+    if operation is None or operation.role != "collective" or step.action == "run":
+        return step
+    if step.action == "start":
+        return dataclasses.replace(step, action="run")
+    done = Operation(f"{operation.name} (done)", COMPUTE, 0.0, scope=operation.scope)
+    return dataclasses.replace(step, action="run", operation=done)

@@ -16,7 +16,7 @@ from gshard_moe.hardware import Chip
 from gshard_moe.timeline import costs, hlo, machine
 from gshard_moe.timeline import groups as groups_
 from gshard_moe.timeline.hlo import Computation, Instruction, Module, TextError
-from gshard_moe.timeline.machine import LinkModel, Machine
+from gshard_moe.timeline.machine import LinkModel, Machine, Transfer
 from gshard_moe.timeline.program import COMPUTE, Operation, Program, Step
 
 # Instructions that move nothing and compute nothing.
@@ -26,8 +26,14 @@ _FREE = {
 }
 # The compiler writes this where it has no estimate.
 _NO_ESTIMATE = 2**62
+# Custom calls that only say something of memory: a buffer is there, indices are in bounds.
+_FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound")
+# Instructions that may be there for the collective that they call.
+_WRAPPERS = ("async-start", "call-start", "custom-call-start", "fusion", "fusion-start")
 _SPARSE_CORE = "sparsecore"
 _HBM = "hbm"
+# Instructions whose result is their operand.
+_SAME = ("copy", "bitcast", "reshape", "convert", "opt-barrier")
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 
 
@@ -69,18 +75,26 @@ class _Translation:
 
     Attributes:
       sources: of an instruction, the steps whose results it is made of.
-      flying: of an instruction, the operation that it began.
+      flying: of an instruction, the operation that it began, the step, and where it was started.
     """
 
     reader: _Reader
     computation: Computation
     steps: list[Step] = dataclasses.field(default_factory=list)
     sources: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    flying: dict[str, tuple[Operation, int]] = dataclasses.field(default_factory=dict)
+    flying: dict[str, tuple[Operation, int, Instruction]] = dataclasses.field(default_factory=dict)
 
     def program(self) -> Program:
         for instruction in self.computation.instructions:
-            self._add(instruction)
+            try:
+                self._add(instruction)
+            except (LookupError, ValueError) as error:
+                if isinstance(error, TextError):
+                    raise
+                raise TextError(
+                    f"{instruction.name}: must be as XLA writes it; got {instruction.opcode}"
+                    f"({', '.join(instruction.operands)}), {instruction.attributes[:80]}"
+                ) from error
         return Program(tuple(self.steps))
 
     def _add(self, instruction: Instruction) -> None:
@@ -98,7 +112,7 @@ class _Translation:
             self._update(instruction)
         elif opcode.endswith("-start"):
             self._start(instruction)
-        elif opcode in _FREE:
+        elif opcode in _FREE or _target(instruction) in _FREE_CALLS:
             self.sources[instruction.name] = self._needs(instruction)
         else:
             self._append(instruction, "run", self._operation(instruction))
@@ -122,48 +136,57 @@ class _Translation:
         return tuple(sorted(found))
 
     def _start(self, instruction: Instruction) -> None:
-        """Begins an operation; where an update follows, that is where it really begins."""
+        """Begins an operation; where a custom call's update follows, that is where it begins."""
         operation = self._operation(instruction)
         self._append(instruction, "start", operation)
-        self.flying[instruction.name] = operation, len(self.steps) - 1
+        self.flying[instruction.name] = operation, len(self.steps) - 1, instruction
 
     def _update(self, instruction: Instruction) -> None:
-        operation, at = self._flying(instruction)
-        begun = self.steps[at]
-        if operation.resource == _SPARSE_CORE:  # its work begins here
+        operation, at, start = self._flying(instruction)
+        if instruction.opcode == "custom-call-update":  # a SparseCore is given its operands here
+            given = tuple(name for name in instruction.operands if name not in self.flying)
+            operation = self._operation(dataclasses.replace(start, operands=given))
+            begun = self.steps[at]
             self.steps[at] = dataclasses.replace(begun, operation=_nothing(begun), action="run")
             self._append(instruction, "start", operation)
             at = len(self.steps) - 1
-        self.flying[instruction.name] = operation, at
+        self.flying[instruction.name] = operation, at, start
         self.sources[instruction.name] = (at,)
 
     def _done(self, instruction: Instruction) -> None:
-        operation, at = self._flying(instruction)
+        operation, at, _ = self._flying(instruction)
         self._append(instruction, "wait", operation, needs=(at,))
 
-    def _flying(self, instruction: Instruction) -> tuple[Operation, int]:
+    def _flying(self, instruction: Instruction) -> tuple[Operation, int, Instruction]:
         for operand in instruction.operands:
             if operand in self.flying:
                 return self.flying[operand]
-        raise TextError(f"{instruction.name}: must follow a start; got {instruction.operands}")
+        raise TextError(
+            f"{instruction.name}: must follow a start in its computation, "
+            f"{self.computation.name}; got {', '.join(instruction.operands) or 'no operand'}"
+        )
 
     def _loop(self, instruction: Instruction) -> None:
-        (body,), (condition,) = instruction.called("body"), instruction.called("condition")
-        trips = _trips(instruction, self.reader.module.computations[condition])
-        self._append(instruction, "loop", bodies=(self.reader.program(body),), trips=trips)
+        body = instruction.called("body")
+        if len(body) != 1:
+            raise TextError(f"{instruction.name}: must have a body; got {len(body)}")
+        trips = _trips(self.reader.module, self.computation, instruction)
+        self._append(instruction, "loop", bodies=(self.reader.program(body[0]),), trips=trips)
 
     def _branch(self, instruction: Instruction) -> None:
         names = instruction.called("branch_computations", "true_computation", "false_computation")
+        if not names:
+            raise TextError(f"{instruction.name}: must have branches; got none")
         bodies = tuple(self.reader.program(name) for name in names)
         self._append(instruction, "branch", bodies=bodies)
 
     # ---------------------------------------------------------------- prices
 
     def _operation(self, instruction: Instruction) -> Operation:
-        inside = self._wrapped(instruction)
+        inside, within = _wrapped(self.reader.module, instruction, self.computation)
         kind = inside.opcode.removesuffix("-start")
         if kind in machine.KINDS:
-            return self._collective(instruction, inside, kind)
+            return self._collective(instruction, inside, within, kind)
         seconds, flops, guessed = self._seconds(instruction)
         resource, role = COMPUTE, "compute"
         if instruction.opcode in _COPIES:
@@ -185,23 +208,17 @@ class _Translation:
             guessed=guessed,
         )
 
-    def _wrapped(self, instruction: Instruction) -> Instruction:
-        """Returns the collective that an asynchronous call or a fusion holds, else itself."""
-        for name in instruction.called("calls", "to_apply"):
-            if instruction.opcode in ("async-start", "call-start", "custom-call-start", "fusion"):
-                for inner in self.reader.module.computations[name].instructions:
-                    if inner.opcode.removesuffix("-start") in machine.KINDS:
-                        return inner
-        return instruction
-
-    def _collective(self, instruction: Instruction, inside: Instruction, kind: str) -> Operation:
-        held = float(sum(self._operand_bytes(instruction)))
-        on = self.reader.machine
-        if kind == "collective-permute":
-            group = list(machine.farthest(on, groups_.pairs(inside)))
-        else:
-            group = groups_.groups(inside, self.reader.module.num_partitions)[0]
-        transfer = on.transfer(kind, held, group, self.reader.model)
+    def _collective(
+        self, instruction: Instruction, inside: Instruction, within: Computation, kind: str
+    ) -> Operation:
+        operands = [within.by_name[name].result_bytes for name in inside.operands]
+        # A ragged one is also given where to write, and four lists of counts.
+        held = float(operands[0] if kind.startswith("ragged") else sum(operands))
+        if kind == "all-reduce" and instruction.opcode == "fusion":
+            # A TPU's reduce-scatter: fused with the slice that a device keeps.
+            if instruction.result_bytes < held:
+                kind = "reduce-scatter"
+        transfer = self._slowest(kind, held, inside)
         return Operation(
             instruction.name,
             transfer.link,
@@ -212,9 +229,21 @@ class _Translation:
             sent=transfer.sent,
         )
 
-    def _operand_bytes(self, instruction: Instruction) -> list[int]:
-        by_name = self.computation.by_name
-        return [by_name[operand].result_bytes for operand in instruction.operands]
+    def _slowest(self, kind: str, held: float, inside: Instruction) -> Transfer:
+        """Prices the group that takes longest: the others wait for it, sooner or later."""
+        on, model = self.reader.machine, self.reader.model
+        if kind == "collective-permute":
+            pairs = groups_.pairs(inside)
+            if any(not 0 <= i < len(on.islands) for pair in pairs for i in pair):
+                raise TextError(
+                    f"{inside.name}: source_target_pairs must be of the {len(on.islands)} "
+                    f"partitions; got {pairs}"
+                )
+            moving = [pair for pair in pairs if pair[0] != pair[1]]
+            found = [list(machine.farthest(on, moving))] if moving else [[0]]
+        else:
+            found = groups_.groups(inside, self.reader.module.num_partitions)
+        return max((on.transfer(kind, held, g, model) for g in found), key=lambda t: t.seconds)
 
     def _seconds(self, instruction: Instruction) -> tuple[float, float, bool]:
         """Returns an instruction's seconds and FLOPs, and whether the seconds are a guess."""
@@ -246,6 +275,25 @@ _SCOPES = {
 }
 
 
+def _wrapped(
+    module: Module, instruction: Instruction, within: Computation
+) -> tuple[Instruction, Computation]:
+    """Returns the collective that an asynchronous call or a fusion holds, else itself."""
+    if instruction.opcode in _WRAPPERS:
+        for name in instruction.called("calls", "to_apply", "called_computations"):
+            inside = module.computations[name]
+            for inner in inside.instructions:
+                found, where = _wrapped(module, inner, inside)
+                if found.opcode.removesuffix("-start") in machine.KINDS:
+                    return found, where
+    return instruction, within
+
+
+def _target(instruction: Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    return found[1] if found else ""
+
+
 def _nothing(step: Step) -> Operation:
     assert step.operation is not None
     return Operation(f"{step.operation.name} (issued)", COMPUTE, 0.0)
@@ -260,19 +308,87 @@ def _cycles(instruction: Instruction, chip: Chip) -> float | None:
     return None if cycles >= _NO_ESTIMATE else cycles / (chip.clock_mhz * 1e6)
 
 
-def _trips(instruction: Instruction, condition: Computation) -> int:
-    """Returns how often a loop runs: as noted, else the constant that its condition compares to."""
+def _trips(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Returns how often a loop of a computation runs.
+
+    As noted; else its condition must compare a counter with a constant. The counter begins where it
+    is seen to, else at 0, and goes up by 1.
+    """
     noted = instruction.backend_config.get("known_trip_count")
     if isinstance(noted, dict) and "n" in noted:
         return int(noted["n"])
-    constants = [
-        int(inner.literal)
-        for inner in condition.instructions
-        if inner.opcode == "constant" and re.fullmatch(r"-?\d+", inner.literal)
-    ]
-    if not constants:
+    named = instruction.called("condition")
+    if len(named) != 1:
+        raise TextError(f"{instruction.name}: must have a condition; got {len(named)}")
+    condition = module.computations[named[0]]
+    initial = {
+        f"#{number}": _value(computation, name, {})
+        for number, name in enumerate(_elements(computation, instruction))
+    }
+    direction, left, right = _compared(module, condition, condition.root, initial)
+    if direction in ("GT", "GE"):
+        left, right = right, left
+    if direction not in ("LT", "LE", "GT", "GE") or right is None:
         raise TextError(
-            f"{instruction.name}: the loop's condition must compare with a constant; got none in "
-            f"{condition.name}"
+            f"{instruction.name}: the loop's condition must compare a counter that goes up with a "
+            f"constant; got none in {condition.name}"
         )
-    return max(constants)
+    return max(0, right + (direction in ("LE", "GE")) - (left or 0))
+
+
+def _elements(computation: Computation, instruction: Instruction) -> tuple[str, ...]:
+    """Returns what a loop begins with, element by element; nothing if it is not seen."""
+    given = computation.by_name.get(instruction.operands[0]) if instruction.operands else None
+    return given.operands if given is not None and given.opcode == "tuple" else ()
+
+
+def _compared(
+    module: Module, computation: Computation, name: str, known: dict[str, int | None]
+) -> tuple[str, int | None, int | None]:
+    """Returns the direction of a comparison and both sides, where they are known."""
+    root = computation.by_name[name]
+    if root.opcode in _SAME and root.operands:
+        return _compared(module, computation, root.operands[0], known)
+    if root.opcode == "fusion" and len(root.called("calls")) == 1:
+        inside = module.computations[root.called("calls")[0]]
+        values = [_value(computation, operand, known) for operand in root.operands]
+        given = {str(number): value for number, value in enumerate(values)}
+        return _compared(module, inside, inside.root, given)
+    direction = re.search(r"direction=(\w+)", root.attributes)
+    if root.opcode != "compare" or direction is None or len(root.operands) != 2:
+        return "", None, None
+    left, right = (_value(computation, operand, known) for operand in root.operands)
+    return direction[1], left, right
+
+
+def _value(computation: Computation, name: str, known: dict[str, int | None]) -> int | None:
+    """Returns an integer, if it is one that is known: by a parameter's number, by #element."""
+    found = computation.by_name[name]
+    if found.opcode == "constant":
+        return int(found.literal) if re.fullmatch(r"-?\d+", found.literal) else None
+    if found.opcode == "parameter":
+        return known.get(found.literal)
+    if found.opcode == "get-tuple-element":
+        index = re.search(r"index=(\d+)", found.attributes)
+        return known.get(f"#{index[1]}") if index else None
+    if found.opcode in _SAME and found.operands:
+        return _value(computation, found.operands[0], known)
+    return None
+
+
+def runs(module: Module) -> dict[str, int]:
+    """Returns how often each computation runs that the entry reaches, loops counted."""
+    found: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        found[name] = found.get(name, 0) + times
+        for instruction in module.computations[name].instructions:
+            inner = times
+            if instruction.opcode == "while":
+                inner *= _trips(module, module.computations[name], instruction)
+            for called in instruction.called("body", "branch_computations", "to_apply", "calls"):
+                if called in module.computations:
+                    visit(called, inner)
+
+    visit(module.entry, 1)
+    return found

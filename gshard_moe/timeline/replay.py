@@ -58,12 +58,11 @@ class _Clock:
     log: list[Interval] = dataclasses.field(default_factory=list)
 
 
-def replay(program: Program, *, overlap: bool = True, each_once: bool = False) -> Replay:
+def replay(program: Program, *, each_once: bool = False) -> Replay:
     """Plays a program.
 
     Args:
       program: what to play.
-      overlap: False makes every collective synchronous: the core waits for it where it is started.
       each_once: a loop takes the time of one iteration, so that intervals follow each other without
         a gap: to be looked at. They still say how often they happen.
     Raises:
@@ -71,7 +70,7 @@ def replay(program: Program, *, overlap: bool = True, each_once: bool = False) -
         the same computation.
     """
     clock = _Clock(each_once)
-    _play(program, clock, overlap=overlap, times=1)
+    _play(program, clock, times=1)
     return Replay(clock.now, clock.log)
 
 
@@ -91,14 +90,14 @@ def critical_path(program: Program) -> float:
     return max(ends, default=0.0)
 
 
-def _play(program: Program, clock: _Clock, *, overlap: bool, times: int) -> None:
+def _play(program: Program, clock: _Clock, *, times: int) -> None:
     before = set(clock.flying)
     for step in program.steps:
         operation = step.operation
         if step.action == "loop":
-            _loop(step, clock, overlap=overlap, times=times)
+            _loop(step, clock, times=times)
         elif step.action == "branch":
-            _branch(step, clock, overlap=overlap, times=times)
+            _branch(step, clock, times=times)
         elif step.action == "wait":
             assert operation is not None
             if operation not in clock.flying:
@@ -111,32 +110,30 @@ def _play(program: Program, clock: _Clock, *, overlap: bool, times: int) -> None
             if step.action == "run":
                 _stall(operation, clock, times)
                 del clock.flying[operation]
-            elif operation.role == "collective" and not overlap:
-                _stall(operation, clock, times)
     for operation in clock.flying:
         if operation not in before:
             raise ProgramError(f"{operation.name}: must be waited for where it is started")
 
 
-def _loop(step: Step, clock: _Clock, *, overlap: bool, times: int) -> None:
+def _loop(step: Step, clock: _Clock, *, times: int) -> None:
     (body,) = step.bodies
     if clock.flying and not clock.each_once:
         for _ in range(step.trips):
-            _play(body, clock, overlap=overlap, times=times)
+            _play(body, clock, times=times)
     elif step.trips:
         begin = clock.now
-        _play(body, clock, overlap=overlap, times=times * step.trips)
+        _play(body, clock, times=times * step.trips)
         if not clock.each_once:
             clock.now = begin + (clock.now - begin) * step.trips
 
 
-def _branch(step: Step, clock: _Clock, *, overlap: bool, times: int) -> None:
+def _branch(step: Step, clock: _Clock, *, times: int) -> None:
     """Takes the body that takes longest."""
     outcomes = []
     for body in step.bodies:
         tried = copy.copy(clock)
         tried.free, tried.flying, tried.log = dict(clock.free), dict(clock.flying), []
-        _play(body, tried, overlap=overlap, times=times)
+        _play(body, tried, times=times)
         outcomes.append(tried)
     longest = max(outcomes, key=lambda tried: tried.now)
     clock.now, clock.free, clock.flying = longest.now, longest.free, longest.flying

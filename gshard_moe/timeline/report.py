@@ -1,11 +1,13 @@
 """What a replay says of communication: how much of it, how much hidden, by what, at what bound."""
 
+import bisect
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from gshard_moe.timeline.program import COMPUTE, Program
+from gshard_moe.timeline.program import COMPUTE, Program, without_overlap
 from gshard_moe.timeline.replay import Interval, critical_path, replay
 
 
@@ -71,7 +73,7 @@ def report(program: Program) -> Report:
     return summary(
         played.intervals,
         step_s=played.seconds,
-        serial_s=replay(program, overlap=False).seconds,
+        serial_s=replay(without_overlap(program)).seconds,
         critical_path_s=critical_path(program),
     )
 
@@ -88,7 +90,8 @@ def summary(
       critical_path_s: the longest chain of operations that need each other; 0 if it is not known.
     """
     flights = [i for i in intervals if i.operation.role == "collective" and i.what != "stall"]
-    collectives = _merged(_collective(flight, intervals) for flight in flights)
+    core = _Core(intervals)
+    collectives = _merged(_collective(flight, core) for flight in flights)
     busy: dict[str, float] = collections.defaultdict(float)
     guessed = 0.0
     for interval in intervals:
@@ -113,10 +116,28 @@ def summary(
     )
 
 
-def _collective(flight: Interval, intervals: Iterable[Interval]) -> Collective:
+class _Core:
+    """What the core did, to be asked what of it was between two times."""
+
+    def __init__(self, intervals: Iterable[Interval]):
+        self._intervals = sorted(
+            (i for i in intervals if i.what != "flight"), key=lambda interval: interval.begin
+        )
+        self._begins = [interval.begin for interval in self._intervals]
+        # What ended at the latest so far: it only grows, also where intervals overlap.
+        ends = (interval.end for interval in self._intervals)
+        self._ends = list(itertools.accumulate(ends, max))
+
+    def between(self, begin: float, end: float) -> list[Interval]:
+        first = bisect.bisect_right(self._ends, begin)
+        last = bisect.bisect_left(self._begins, end)
+        return self._intervals[first:last]
+
+
+def _collective(flight: Interval, core: _Core) -> Collective:
     """Says of one interval of a collective what the core did meanwhile."""
     exposed, beside = 0.0, collections.defaultdict(float)
-    for other in intervals:
+    for other in core.between(flight.begin, flight.end):
         begin, end = max(flight.begin, other.begin), min(flight.end, other.end)
         if begin >= end:
             continue

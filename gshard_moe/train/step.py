@@ -4,7 +4,6 @@ B sequences of a step, L tokens, A micro-batches.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int32, Key
 
+from gshard_moe import aot
 from gshard_moe.train.state import Model, TrainState, optimizer, schedule, state_shardings
 
 
@@ -125,15 +125,18 @@ def train_step(
     return TrainState(params, biases, opt_state, state.step + 1, skipped, state.key), metrics
 
 
-def jit_train_step(model: Model) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Compiles `train_step` for the model's layout; the state's buffers are reused."""
+def jit_train_step(model: Model) -> aot.JitWithOptions:
+    """Compiles `train_step` for the model's layout and chips; the state's buffers are reused."""
     step = functools.partial(train_step, model=model)
     if model.layout is None:
-        return jax.jit(step, donate_argnums=0)
+        return aot.jit(step, jax.devices(), donate_argnums=0)
     state = state_shardings(model)
     tokens = model.layout.sharding("token_ids")
-    return jax.jit(
+    mesh = model.layout.mesh()
+    assert isinstance(mesh, jax.sharding.Mesh), "an abstract mesh runs nothing"
+    return aot.jit(
         step,
+        mesh.devices.flat,
         donate_argnums=0,
         in_shardings=(state, tokens, tokens),
         out_shardings=(state, state.step),

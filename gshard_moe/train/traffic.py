@@ -31,7 +31,10 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
     passes = []
     masters = []
     for _, role, shape in inventory.parameters(model):
-        passes += _parameter(layout, role, shape, 4 if role in _FLOAT32 else itemsize)
+        of_weight = _parameter(layout, role, shape, 4 if role in _FLOAT32 else itemsize)
+        if role.startswith("expert_"):
+            of_weight = exchange.of_weight(layout, of_weight, sizes)
+        passes += of_weight
         masters += _from_masters(layout, role, shape)
     if model.tied_embeddings:
         passes += _parameter(layout, "head", (model.model_dim, model.vocab_size), itemsize)

@@ -1,0 +1,128 @@
+"""`gshard-moe compare`."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gshard_moe.cli.sizes import shown_bytes, shown_seconds
+from gshard_moe.timeline.machine import LinkModel
+
+_SECONDS = ("step_s", "lower_bound_s", "serial_s", "compute_s", "comm_s", "exposed_s")
+_SHARES = ("hidden_share", "mfu", "custom_call_share")
+
+
+class CompareError(ValueError):
+    """Says what about a file is not what `gshard-moe compile --json` prints."""
+
+
+def compare(
+    before: pathlib.Path,
+    after: pathlib.Path,
+    /,
+    *,
+    markdown: bool = False,
+    model: LinkModel = "lhs",
+) -> int:
+    """Compares what two runs of `gshard-moe compile --json` printed.
+
+    Args:
+      before: A file.
+      after: Another.
+      markdown: Print a Markdown table with a row for each, for a README.
+      model: Of the links, lhs or bisect.
+    """
+    found = {path: _read(path, model) for path in (before, after)}
+    if markdown:
+        print(MARKDOWN_HEAD)
+        for path, one in found.items():
+            print(markdown_row(path.stem, one, model))
+        return 0
+    console = Console(highlight=False, width=max(Console().width, 120))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in (before.stem, after.stem, "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    a, b = found.values()
+    rows: list[tuple[str, Callable[[dict[str, Any]], float | None], Callable[[float], str]]] = [
+        (name, _of_model(model, name), shown_seconds) for name in _SECONDS
+    ]
+    rows += [(name, _of_model(model, name), _percent) for name in _SHARES]
+    rows += [
+        (f"memory.{name}", lambda one, name=name: one["memory"][name], shown_bytes)
+        for name in ("arguments", "temporaries")
+    ]
+    rows.append(("compile_s", lambda one: one["compile_s"], shown_seconds))
+    for name, get, show in rows:
+        table.add_row(name, *_cells(get(a), get(b), show))
+    for kind in dict.fromkeys(one["kind"] for of in (a, b) for one in of["collectives"]):
+        for field, show in (("count", "{:,.0f}".format), ("bytes", shown_bytes)):
+            values = [_of_kind(of, kind, field) for of in (a, b)]
+            table.add_row(f"{kind} {field}", *_cells(*values, show))
+    console.print(table)
+    return 0
+
+
+MARKDOWN_HEAD = (
+    "| | step | lower bound | gap | overlap forbidden | exposed of communication | hidden | MFU |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def markdown_row(name: str, found: dict[str, Any], model: str) -> str:
+    """Returns a row under `MARKDOWN_HEAD`.
+
+    Args:
+      name: of the row.
+      found: what `gshard-moe compile --json` printed.
+      model: of the links.
+    """
+    one = found["models"][model]
+    if one is None:
+        return f"| {name} | does not fit | | | | | | |"
+    cells = [
+        shown_seconds(one["step_s"]),
+        f"{shown_seconds(one['lower_bound_s'])} ({one['bound_by']})",
+        _percent(one["step_s"] / one["lower_bound_s"] - 1),
+        shown_seconds(one["serial_s"]),
+        f"{shown_seconds(one['exposed_s'])} of {shown_seconds(one['comm_s'])}",
+        _percent(one["hidden_share"]),
+        _percent(one["mfu"]),
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _read(path: pathlib.Path, model: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CompareError(f"{path}: must be readable; {error.strerror}") from None
+    except ValueError as error:
+        raise CompareError(f"{path}: must be JSON; {error}") from None
+    needed = ("devices", "compile_s", "memory", "collectives", "models")
+    missing = [key for key in needed if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise CompareError(
+            f"{path}: must be what `gshard-moe compile --json` prints; it lacks {missing}"
+        )
+    return found
+
+
+def _of_model(model: str, name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda found: found["models"][model] and found["models"][model][name]
+
+
+def _of_kind(found: dict[str, Any], kind: str, field: str) -> float:
+    return sum(one[field] for one in found["collectives"] if one["kind"] == kind)
+
+
+def _cells(a: float | None, b: float | None, show: Callable[[float], str]) -> list[str]:
+    ratio = f"{b / a:.3f}" if a and b is not None else ""
+    return ["-" if value is None else show(value) for value in (a, b)] + [ratio]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
