@@ -55,12 +55,18 @@ class Cluster:
     slices: int
 
     def machine(self, devices: Sequence[Any]) -> Machine:
-        """Returns where devices are, in the order given: that of a mesh is `mesh.devices.flat`."""
+        """Returns where a program's devices are: those of one slice, if there are several.
+
+        Args:
+          devices: of all slices, in the order of the mesh: `mesh.devices.flat`.
+        """
         if self.platform == "gpu":
             islands = tuple(device.process_index for device in devices)
             return Machine(self.chip, ((),) * len(islands), islands)
+        if self.slices > 1:  # each runs a program of its own, and their hosts carry what crosses
+            devices = [device for device in devices if device.slice_index == 0]
         coords = tuple(tuple(device.coords) for device in devices)
-        islands = tuple(device.slice_index if self.slices > 1 else 0 for device in devices)
+        islands = (0,) * len(devices)
         multiple = self.chip.wrap_multiple
         closed = bool(multiple) and all(size % multiple == 0 for size in self.dims)
         return Machine(self.chip, coords, islands, (closed,) * len(coords[0]))

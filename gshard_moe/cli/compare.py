@@ -60,8 +60,8 @@ def compare(
         table.add_row(name, *_cells(get(a), get(b), show))
     for kind in dict.fromkeys(one["kind"] for of in (a, b) for one in of["collectives"]):
         for field, show in (("count", "{:,.0f}".format), ("bytes", shown_bytes)):
-            values = [_of_kind(of, kind, field) for of in (a, b)]
-            table.add_row(f"{kind} {field}", *_cells(*values, show))
+            cells = _cells(_of_kind(a, kind, field), _of_kind(b, kind, field), show)
+            table.add_row(f"{kind} {field}", *cells)
     console.print(table)
     return 0
 

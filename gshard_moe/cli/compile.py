@@ -64,7 +64,8 @@ def compile(
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
     layout = Layout.load(sharding, mesh=mesh)
     cluster = aot.cluster(topology, slices=slices, chip=chip)
-    found = study(what, config, layout, cluster, dump=dump)
+    source = cards.source_of("models", model)
+    found = study(what, config, layout, cluster, source=source, dump=dump)
     for path in picture:
         pictures.write(path, found)
     if json:

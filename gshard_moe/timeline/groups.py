@@ -3,8 +3,12 @@
 import itertools
 import math
 import re
+from typing import NamedTuple
 
 from gshard_moe.timeline.hlo import Instruction, TextError
+
+# A device's number, across slices, is its slice's number times this and its own.
+_SLICE = 100_000
 
 
 def pairs(instruction: Instruction) -> list[tuple[int, int]]:
@@ -43,6 +47,47 @@ def groups(instruction: Instruction, num_partitions: int) -> list[list[int]]:
             f"partition {most}"
         )
     return found
+
+
+class Crossing(NamedTuple):
+    """A collective between slices, which a TPU's hosts carry.
+
+    Attributes:
+      name: under which a send and its receive meet.
+      kind: `all-reduce`, ...
+      size: devices of a group.
+      slices: over which it is spread.
+    """
+
+    name: str
+    kind: str
+    size: int
+    slices: int
+
+
+def crossing(instruction: Instruction) -> Crossing | None:
+    """Returns what a send or a receive is part of; None: no collective.
+
+    Raises:
+      TextError: if its devices are written in no known way.
+    """
+    fields = dict(re.findall(r'_xla_(\w+)="?(\{[^=]*\}|[^",]*)', instruction.attributes))
+    if "megascale_transfer_type" not in fields:
+        return None
+    name, target = fields["host_transfer_rendezvous"], fields["megascale_target"]
+    kind = fields["megascale_transfer_type"].lower().replace("_", "-")
+    if kind in ("one-to-one", "collective-permute"):
+        return Crossing(name, "collective-permute", 2, 2)
+    counted = re.match(r"\{([\d,]+)\}x\{", target)
+    if counted:  # the devices of the same number in each of these slices
+        slices = len(counted[1].split(","))
+        return Crossing(name, kind, slices, slices)
+    listed = re.match(r"\{\{([\d,]+)\}", target)
+    if listed is None:
+        raise TextError(f"{instruction.name}: must say between which devices; got {target[:60]!r}")
+    devices = _integers(listed[1])
+    slices = len({device // _SLICE for device in devices})
+    return Crossing(name, kind, len(devices), slices)
 
 
 def _listed(text: str) -> list[list[int]]:

@@ -83,23 +83,32 @@ class Machine:
             return Transfer("nvlink", sent, link.latency_us * 1e-6 + sent / (link.gb_per_s * 1e9))
         return self._on_a_torus(kind, held, sent, group, model)
 
-    def _over_the_network(
-        self, kind: str, held: float, sent: float, group: Sequence[int], model: LinkModel
-    ) -> Transfer:
-        """Each device has its own card, and what crosses is spread over all of them.
+    def between(self, kind: str, held: float, size: int, num_islands: int) -> Transfer:
+        """Prices what crosses the network, each device with a card of its own.
 
-        What stays on an island, or is spread out there, goes over its links at the same time.
+        Args:
+          kind: of `KINDS`.
+          held: B.
+          size: P.
+          num_islands: over which the group is spread.
         """
-        link, P = self.chip.network, len(group)
-        members = collections.Counter(self.islands[i] for i in group)
-        num_islands = len(members)
+        sent = _SENT[kind](held, size)
         if kind in ("collective-permute", "collective-broadcast"):
             crossing = held
         elif kind.endswith("all-to-all"):
             crossing = held * (1 - 1 / num_islands)
         else:  # in rings: each island's part goes once through every other island
-            crossing = sent / (P - 1) * (num_islands - 1)
-        seconds = link.latency_us * 1e-6 + crossing / (link.gb_per_s * 1e9)
+            crossing = sent / (size - 1) * (num_islands - 1)
+        link = self.chip.network
+        return Transfer("network", sent, link.latency_us * 1e-6 + crossing / (link.gb_per_s * 1e9))
+
+    def _over_the_network(
+        self, kind: str, held: float, sent: float, group: Sequence[int], model: LinkModel
+    ) -> Transfer:
+        """What stays on an island, or is spread out there, goes over its links at the same time."""
+        members = collections.Counter(self.islands[i] for i in group)
+        num_islands = len(members)
+        seconds = self.between(kind, held, len(group), num_islands).seconds
         # Of B, what an island's devices exchange among themselves.
         shares = {"all-gather": float(num_islands), "reduce-scatter": 1.0, "all-reduce": 1.0}
         if kind.endswith("all-to-all"):

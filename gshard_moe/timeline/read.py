@@ -10,6 +10,7 @@ between groups of devices, the time of the host, and clocks that throttle.
 """
 
 import dataclasses
+import functools
 import re
 
 from gshard_moe.hardware import Chip
@@ -32,6 +33,8 @@ _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound")
 _WRAPPERS = ("async-start", "call-start", "custom-call-start", "fusion", "fusion-start")
 _SPARSE_CORE = "sparsecore"
 _HBM = "hbm"
+# How many steps away the name of an instruction without one is looked for.
+_NEAR = 8
 # Instructions whose result is their operand.
 _SAME = ("copy", "bitcast", "reshape", "convert", "opt-barrier")
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
@@ -76,6 +79,8 @@ class _Translation:
     Attributes:
       sources: of an instruction, the steps whose results it is made of.
       flying: of an instruction, the operation that it began, the step, and where it was started.
+      met: the same of collectives between slices, by the name under which the ends meet, and by the
+        receive.
     """
 
     reader: _Reader
@@ -83,6 +88,7 @@ class _Translation:
     steps: list[Step] = dataclasses.field(default_factory=list)
     sources: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     flying: dict[str, tuple[Operation, int, Instruction]] = dataclasses.field(default_factory=dict)
+    met: dict[str, tuple[Operation, int]] = dataclasses.field(default_factory=dict)
 
     def program(self) -> Program:
         for instruction in self.computation.instructions:
@@ -106,6 +112,13 @@ class _Translation:
         elif opcode == "call" and instruction.called("to_apply", "calls"):
             (body,) = instruction.called("to_apply", "calls")
             self._append(instruction, "branch", bodies=(self.reader.program(body),))
+        elif opcode in ("send", "recv"):
+            self._carried(instruction)
+        elif opcode == "recv-done" and instruction.operands[0] in self.met:
+            operation, at = self.met[instruction.operands[0]]
+            self._append(instruction, "wait", operation, needs=(at,))
+        elif opcode in ("send-done", "recv-done"):
+            self.sources[instruction.name] = self._needs(instruction)
         elif opcode.endswith("-done"):
             self._done(instruction)
         elif opcode.endswith("-update"):
@@ -157,6 +170,33 @@ class _Translation:
         operation, at, _ = self._flying(instruction)
         self._append(instruction, "wait", operation, needs=(at,))
 
+    def _carried(self, instruction: Instruction) -> None:
+        """Begins a collective between slices where it is sent; its end is what is received."""
+        crossing = groups_.crossing(instruction)
+        if crossing is None:
+            self.sources[instruction.name] = self._needs(instruction)
+            return
+        if instruction.opcode == "recv":
+            if crossing.name not in self.met:
+                raise TextError(f"{instruction.name}: must follow the send of {crossing.name}")
+            self.met[instruction.name] = self.met[crossing.name]
+            self.sources[instruction.name] = self._needs(instruction)
+            return
+        held = float(self.computation.by_name[instruction.operands[0]].result_bytes)
+        _, kind, size, slices = crossing
+        transfer = self.reader.machine.between(kind, held, size, slices)
+        operation = Operation(
+            crossing.name,
+            transfer.link,
+            transfer.seconds,
+            "collective",
+            scope=self._scope(instruction),
+            kind=kind,
+            sent=transfer.sent,
+        )
+        self._append(instruction, "start", operation)
+        self.met[crossing.name] = operation, len(self.steps) - 1
+
     def _flying(self, instruction: Instruction) -> tuple[Operation, int, Instruction]:
         for operand in instruction.operands:
             if operand in self.flying:
@@ -202,7 +242,7 @@ class _Translation:
             resource,
             seconds,
             role,
-            scope=scope(instruction.op_name),
+            scope=self._scope(instruction),
             kind=instruction.opcode,
             flops=flops,
             guessed=guessed,
@@ -224,10 +264,37 @@ class _Translation:
             transfer.link,
             transfer.seconds,
             "collective",
-            scope=scope(inside.op_name or instruction.op_name),
+            scope=scope(inside.op_name) or self._scope(instruction),
             kind=kind,
             sent=transfer.sent,
         )
+
+    def _scope(self, instruction: Instruction) -> str:
+        """Returns where in the model an instruction is: as it says, else as what it reads or feeds.
+
+        What the partitioner and the layout passes put in says nothing of itself.
+        """
+        operands = lambda found: found.operands  # noqa: E731
+        users = lambda found: self.users[found.name]  # noqa: E731
+        for neighbours in (operands, users):
+            around, seen = [instruction], {instruction.name}
+            for _ in range(_NEAR):
+                own = next((own for found in around if (own := scope(found.op_name))), "")
+                if own:
+                    return own
+                names = {name: None for found in around for name in neighbours(found)}
+                around = [self.computation.by_name[name] for name in names if name not in seen]
+                seen |= set(names)
+        return ""
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[str]]:
+        """Of each instruction, those that read its result."""
+        found: dict[str, list[str]] = {name: [] for name in self.computation.by_name}
+        for instruction in self.computation.instructions:
+            for operand in instruction.operands:
+                found[operand].append(instruction.name)
+        return found
 
     def _slowest(self, kind: str, held: float, inside: Instruction) -> Transfer:
         """Prices the group that takes longest: the others wait for it, sooner or later."""

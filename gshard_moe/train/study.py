@@ -87,6 +87,7 @@ def study(
     layout: Layout,
     cluster: aot.Cluster,
     *,
+    source: str = "model",
     dump: pathlib.Path | None = None,
 ) -> Study:
     """Compiles and replays a program.
@@ -96,14 +97,15 @@ def study(
       model: the model card.
       layout: a card's; its mesh is made of the cluster's devices.
       cluster: what to compile for.
-      dump: a new folder, for the scheduled text and the scheduler's notes.
+      source: the model card's name in messages.
+      dump: a folder, for the scheduled text and the scheduler's notes.
     Raises:
       LayoutError: if the mesh does not fill the cluster, or the model does not fit the mesh.
       CompileError: if the compiler refuses the program.
     """
     mesh = layout.mesh(cluster.devices)
     layout = layout.on(mesh)
-    layout.check(model)
+    layout.check(model, source=source)
     program = lower(what, model, layout, cluster.lowering)
     return of_lowered(program, cluster, mesh, flops=useful_flops(what, model), dump=dump)
 
@@ -124,7 +126,7 @@ def of_lowered(
       cluster: what to compile for.
       mesh: of its devices, in the order of the program's partitions.
       flops: that are useful, of all devices, for the MFU.
-      dump: a new folder, for the scheduled text and the scheduler's notes.
+      dump: a folder, for the scheduled text and the scheduler's notes.
       options: instead of `aot.compiler_options`.
     """
     with tempfile.TemporaryDirectory() as scratch:
