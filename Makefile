@@ -12,13 +12,14 @@ RUN  := runs/demo
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format notebooks bench browser clean
 
 help:
 	@echo 'make demo      train the tiny model on eight devices and print a sample'
 	@echo 'make test      the tests; WORKERS=N, ARGS="-k routing"'
 	@echo 'make test-all  the slow ones too'
 	@echo 'make lint      ruff format, ruff check, pyright; make format repairs'
+	@echo 'make notebooks  run them, and write what they print beside them'
 	@echo 'make bench     the benchmarks, or BENCH=benchmarks/NAME.py'
 	@echo 'make clean     remove builds and caches (not runs/, not $(VENV)/)'
 
@@ -29,10 +30,10 @@ demo: $(VENV)/.runtime
 	$(BIN)/gshard-moe sample --run $(RUN) --prompt 'def ' --temperature 0.5
 # -------------------------------------------------------------------------------------------------
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' $(ARGS)
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
@@ -43,6 +44,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+notebooks: $(VENV)/.dev
+	@for file in notebooks/*.py; do $(BIN)/python tests/run_notebook.py $$file --write || exit 1; done
 
 bench: $(VENV)/.dev
 	@for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
@@ -57,7 +61,7 @@ clean:
 PIP    := $(BIN)/python -m pip -qq install -c constraints.txt
 # The build backend is constrained too; only the newer pip knows how to.
 BUILD  := --build-constraint constraints.txt
-EXTRAS := data,aot
+EXTRAS := data,aot,aot-gpu,notebooks
 STAMPS := $(addprefix $(VENV)/,.ready .runtime .dev)
 
 define install
@@ -75,6 +79,15 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.ready
 	@echo 'Setting up $(VENV) to run the tests; the first time takes a minute or two.'
 	$(call install,$(BUILD) -e '.[$(EXTRAS)]' --group dev)
 	@touch $(VENV)/.runtime $@
+
+# The timeline's page is tested in a real browser. Where none can be installed, that test says so.
+BROWSERS := chromium chromium-browser google-chrome chrome
+APT      := apt-get -qq -o=Dpkg::Use-Pty=0
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	echo 'Installing Chromium for the tests.'; \
+	{ $(APT) update && DEBIAN_FRONTEND=noninteractive $(APT) install -y --no-install-recommends chromium; \
+	} >/dev/null 2>&1 || echo 'Chromium could not be installed; one must be, for the tests.' >&2
 
 # An environment that is already there and works is used; pip is brought to one that knows groups.
 USABLE := -c 'import sys, pip; sys.exit(sys.version_info < (3, 12))'

@@ -41,7 +41,7 @@ CARD_NAMES_ALLOWED: dict[tuple[str, str], str] = {
         "config/presets.py",
         "deepseek_v3",
     ): "a preset, which is named after its source as the card is",
-    ("timeline/read.py", "expert"): "a public scope of the model, as in `named_scope`",
+    ("timeline/scopes.py", "expert"): "a public scope of the model, as in `named_scope`",
     ("cli/sample.py", "single"): "the default of --sharding: a laptop samples on one device",
 }
 

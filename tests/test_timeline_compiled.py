@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from gshard_moe import Layout, MoE, aot, moe
 from gshard_moe.timeline import Machine, Report, TextError, hlo, read, report
+from gshard_moe.timeline.loops import runs
 from gshard_moe.timeline.machine import MODELS, LinkModel
-from gshard_moe.timeline.read import runs
 
 # Sums in another order.
 CLOSE = 1e-9

@@ -143,7 +143,7 @@ def test_a_switch(kind: str):
 )
 def test_across_nodes(kind: str, crossing: float, inside: float):
     found = nodes(2, 2).transfer(kind, B, FOUR, "lhs")
-    assert (found.link, found.sent) == ("network", pytest.approx(SENT[kind]))
+    assert (found.link, found.sent) == ("dcn", pytest.approx(SENT[kind]))
     assert found.seconds == pytest.approx(1e-5 + max(crossing * B / 10e9, inside * B / 100e9))
 
 
@@ -166,7 +166,7 @@ def test_across_slices():
     slow = dataclasses.replace(TORUS, link=Link(gb_per_s=20.0, latency_us=0.0))
     machine = dataclasses.replace(machine, chip=slow)
     found = machine.transfer("all-gather", B, range(8), "lhs")
-    assert (found.link, found.seconds) == ("network", pytest.approx(6 * 40 * MS))
+    assert (found.link, found.seconds) == ("dcn", pytest.approx(6 * 40 * MS))
 
 
 def test_two_devices_of_a_chip_meet_in_its_memory():

@@ -52,7 +52,7 @@ def beside(other: Operation, *work: Operation) -> list[Step]:
 
 def programs() -> dict[str, Program]:
     x = exchange("x", 3.0, "ici:xy", "layers/exchange")
-    y = exchange("y", 1.0, "network", "layers/dispatch")
+    y = exchange("y", 1.0, "nvlink", "layers/dispatch")
     expert = compute("dot", 2.0, "layers/expert")
     copied = Operation("moved", "hbm", 1.0 * MS, "copy", kind="copy-start")
     body = Program(tuple(beside(y, compute("softmax", 0.25, "layers/attention"))))
@@ -104,7 +104,7 @@ def test_the_figure_has_every_bar():
         (COMPUTE, EXPOSED_COLOUR): [(2.0, 3.0), (4.25, 5.0)],
         (COMPUTE, WAITING_COLOUR): [(3.5, 4.0)],
         ("ici:xy", COLOURS["exchange"]): [(0.0, 3.0)],
-        ("network", COLOURS["dispatch"]): [(4.0, 5.0)],
+        ("nvlink", COLOURS["dispatch"]): [(4.0, 5.0)],
         ("hbm", "#C8C8C8"): [(3.0, 4.0)],
     }
 
@@ -120,7 +120,7 @@ def test_the_figure_says_what_it_shows():
     assert before.get_xlim() == after.get_xlim() == (0.0, pytest.approx(5.0))
     assert after.get_xlabel() == "ms; of each loop, one iteration"
     labels = [[label.get_text() for label in ax.get_yticklabels()] for ax in (before, after)]
-    assert labels == [[COMPUTE, "ici:xy"], [COMPUTE, "ici:xy", "network", "hbm"]]
+    assert labels == [[COMPUTE, "ici:xy"], [COMPUTE, "ici:xy", "nvlink", "hbm"]]
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == [
         *("attention", "dispatch", "exchange", "expert", "combine", "other"),
         *("exposed communication", "waiting for a copy"),
@@ -146,7 +146,7 @@ def test_the_figure_is_saved_as_svg_the_same_each_time():
     written = svg(figure(programs()))
     root = xml.etree.ElementTree.fromstring(written)
     texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert {COMPUTE, "ici:xy", "network", "hbm", "all-to-all", "expert", "× 4"} <= set(texts)
+    assert {COMPUTE, "ici:xy", "nvlink", "hbm", "all-to-all", "expert", "× 4"} <= set(texts)
     assert svg(figure(programs())) == written
 
 
@@ -215,7 +215,7 @@ def test_the_trace_has_exactly_these_events():
     assert named == {
         **{(1, 0): "before", (1, 1): COMPUTE, (1, 2): "stall", (1, 3): "ici:xy"},
         **{(2, 0): "after", (2, 1): COMPUTE, (2, 2): "stall"},
-        **{(2, 3): "ici:xy", (2, 4): "network", (2, 5): "hbm"},
+        **{(2, 3): "ici:xy", (2, 4): "nvlink", (2, 5): "hbm"},
     }
     order = [e for e in events if e["name"] == "thread_sort_index"]
     assert all(event["args"]["sort_index"] == event["tid"] for event in order)
@@ -287,7 +287,7 @@ def test_the_page_holds_the_data():
     assert stall == x | {"what": "stall", "entry": "exposed communication"}
     assert (dot["begin"], dot["end"], dot["what"]) == (3.0 * MS, 5.0 * MS, "compute")
     assert [(lane["name"], len(lane["bars"])) for lane in after["lanes"]] == [
-        *((COMPUTE, 6), ("ici:xy", 1), ("network", 1), ("hbm", 1))
+        *((COMPUTE, 6), ("ici:xy", 1), ("nvlink", 1), ("hbm", 1))
     ]
     ((begin, end, times),) = (loop.values() for loop in after["loops"])
     assert (begin, end, times) == (pytest.approx(4.0 * MS), pytest.approx(5.0 * MS), 4)
@@ -363,7 +363,7 @@ def test_a_browser_draws_the_page(tmp_path: pathlib.Path):
     assert "<title>Timelines: before, after</title>" in dom
     assert re.findall(r"<h2>(.*?)</h2>", dom) == ["before", "after"]
     x = ["x", "all-to-all", "ici:xy", "layers/exchange", "1", "2.000", "3.000"]
-    y = ["y", "all-to-all", "network", "layers/dispatch", "4", "8.000", "4.000"]
+    y = ["y", "all-to-all", "nvlink", "layers/dispatch", "4", "8.000", "4.000"]
     assert cells(dom) == [
         [[*x, "3.000", ""]],
         [

@@ -10,7 +10,8 @@ import pytest
 from schedules import FORMS, GPU, LINE, LOOP, NODES, report_of
 
 from gshard_moe.timeline import Report, hlo, read
-from gshard_moe.timeline.read import runs, scope
+from gshard_moe.timeline.loops import runs
+from gshard_moe.timeline.scopes import scope
 
 US = 1e-6
 # Counters of a loop are priced too: some bytes, picoseconds.
@@ -132,14 +133,14 @@ def test_a_gpus_step():
         found,
         {
             "fusion-start": (
-                *("all-reduce", "network", "optimizer", 1),
+                *("all-reduce", "dcn", "optimizer", 1),
                 *(60, 10, {"layers/dense": 30, "layers/expert": 20}),
             ),
             "all-to-all-start": (
                 *("all-to-all", "nvlink", "layers/exchange", 2),
                 *(60, 20, {"layers/expert": 40}),
             ),
-            "all-gather": ("all-gather", "network", "", 1, 110, 110, {}),
+            "all-gather": ("all-gather", "dcn", "", 1, 110, 110, {}),
         },
         step_s=2 * 70 + 110,
         compute_s=2 * 60,
@@ -148,7 +149,7 @@ def test_a_gpus_step():
         serial_s=60 + 2 * (30 + 20 + 40) + 110,
         lower_bound_s=60 + 110,
     )
-    assert found.bound_by == "network"
+    assert found.bound_by == "dcn"
     assert found.guessed_share == pytest.approx(120 / 250, rel=CLOSE)
 
 
@@ -158,7 +159,7 @@ def test_the_slowest_group_counts():
     assert report_of(uneven).collectives[0].seconds == us(3 * 20)  # half of 4 MB over a link
     apart = GPU.replace("{'expert'}, dimensions", "{'data'}, dimensions")
     (found,) = (c for c in report_of(apart, NODES).collectives if c.kind == "all-to-all")
-    assert (found.link, found.seconds) == ("network", us(2 * (200 + 10)))
+    assert (found.link, found.seconds) == ("dcn", us(2 * (200 + 10)))
     for pairs, seconds in (("{{0,0},{1,2}}", 30), ("{{0,0}}", 0), ("{}", 0)):
         text = LOOP.replace("{{0,1},{1,2},{2,3}}", pairs)
         assert report_of(text).collectives[2].seconds == us(seconds)

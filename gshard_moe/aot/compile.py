@@ -30,7 +30,8 @@ class Memory(NamedTuple):
     Attributes:
       arguments: what the program is given: weights, moments, batch.
       outputs: what it returns, less what it writes over its arguments.
-      temporaries: what it needs beside them while it runs.
+      temporaries: what it needs beside them while it runs; of a program that does not fit, of which
+        the compiler says only the sum, with what it returns.
       capacity: what the device has.
     """
 
@@ -149,16 +150,20 @@ def _too_large(message: str, text: str) -> Memory:
     size, unit, available, available_unit = found.groups()
     module = hlo.parse(text)
     entry = module.computations[module.entry].instructions
+    arguments = sum(i.result_bytes for i in entry if i.opcode == "parameter")
+    # What the compiler calls temporaries is everything, arguments and outputs too.
+    everything = int(float(size) * _UNITS[unit])
     return Memory(
-        arguments=sum(i.result_bytes for i in entry if i.opcode == "parameter"),
+        arguments=arguments,
         outputs=0,
-        temporaries=int(float(size) * _UNITS[unit]),
+        temporaries=max(0, everything - arguments),
         capacity=int(float(available) * _UNITS[available_unit]),
     )
 
 
 def _scheduled(dump: pathlib.Path) -> str:
-    for path in sorted(dump.glob("*.after_optimizations.txt")):
+    # The last: one that was compiled before was refused with an option.
+    for path in sorted(dump.glob("*.after_optimizations.txt"), reverse=True):
         text = path.read_text()
         if "is_scheduled=true" in text.partition("\n")[0]:
             return text

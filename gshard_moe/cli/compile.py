@@ -57,6 +57,8 @@ def compile(
     """
     for path in picture:
         pictures.check(path)
+    if dump is not None:
+        pictures.check_folder(dump)
     aot.platform_alone()
     config = cards.load_model(model)
     sizes = {"batch_size": batch, "seq_len": seq, "dtype": dtype}

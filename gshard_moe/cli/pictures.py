@@ -22,6 +22,12 @@ def check(path: pathlib.Path) -> None:
         raise PictureError(f"--picture: its folder must exist; got {str(path)!r}")
 
 
+def check_folder(path: pathlib.Path) -> None:
+    """Refuses, before anything is compiled, what can be no folder."""
+    if path.exists() and not path.is_dir():
+        raise PictureError(f"--dump: must be a folder, or new; got the file {str(path)!r}")
+
+
 def write(path: pathlib.Path, found: Study) -> None:
     """Draws the program with overlap forbidden and as it was compiled (link model `lhs`)."""
     if not found.programs:

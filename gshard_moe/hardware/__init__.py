@@ -34,7 +34,7 @@ class Chip(Checked):
     Attributes:
       platform: as JAX names it.
       peak_tflops: 1e12 multiplications and additions a second in bfloat16, dense.
-      hbm_gib: memory.
+      hbm_gib: memory that programs may have.
       hbm_gb_per_s: its bandwidth.
       clock_mhz: of the cycles in the compiler's estimates; 0 where it gives none.
       devices_per_chip: how many devices JAX sees in a chip.

@@ -36,7 +36,7 @@ class Transfer(NamedTuple):
     """What one collective costs.
 
     Attributes:
-      link: the class of links: `ici` with the dims of the torus it runs along, `nvlink`, `network`.
+      link: the class of links: `ici` with the dims of the torus it runs along, `nvlink`, `dcn`.
       sent: bytes that a device sends.
       seconds: how long.
     """
@@ -100,7 +100,7 @@ class Machine:
         else:  # in rings: each island's part goes once through every other island
             crossing = sent / (size - 1) * (num_islands - 1)
         link = self.chip.network
-        return Transfer("network", sent, link.latency_us * 1e-6 + crossing / (link.gb_per_s * 1e9))
+        return Transfer("dcn", sent, link.latency_us * 1e-6 + crossing / (link.gb_per_s * 1e9))
 
     def _over_the_network(
         self, kind: str, held: float, sent: float, group: Sequence[int], model: LinkModel
@@ -118,7 +118,7 @@ class Machine:
             there = [i for i in group if self.islands[i] == largest]
             inside = self.transfer(kind, held * shares[kind], there, model)
             seconds = max(seconds, inside.seconds)
-        return Transfer("network", sent, seconds)
+        return Transfer("dcn", sent, seconds)
 
     def _on_a_torus(
         self, kind: str, held: float, sent: float, group: Sequence[int], model: LinkModel

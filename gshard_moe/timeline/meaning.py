@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from gshard_moe.timeline.hlo import Instruction, Module
 from gshard_moe.timeline.machine import KINDS
 from gshard_moe.timeline.program import Role
-from gshard_moe.timeline.read import scope
+from gshard_moe.timeline.scopes import scope
 
 Part = Literal["whole", "start", "update", "done"]
 # XLA names a collective after its opcode or JAX's primitive, NCCL a kernel after its call: the same

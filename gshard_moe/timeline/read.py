@@ -14,7 +14,7 @@ import functools
 import re
 
 from gshard_moe.hardware import Chip
-from gshard_moe.timeline import costs, hlo, machine
+from gshard_moe.timeline import costs, hlo, loops, machine, scopes
 from gshard_moe.timeline import groups as groups_
 from gshard_moe.timeline.hlo import Computation, Instruction, Module, TextError
 from gshard_moe.timeline.machine import LinkModel, Machine, Transfer
@@ -33,10 +33,6 @@ _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound")
 _WRAPPERS = ("async-start", "call-start", "custom-call-start", "fusion", "fusion-start")
 _SPARSE_CORE = "sparsecore"
 _HBM = "hbm"
-# How many steps away the name of an instruction without one is looked for.
-_NEAR = 8
-# Instructions whose result is their operand.
-_SAME = ("copy", "bitcast", "reshape", "convert", "opt-barrier")
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 
 
@@ -89,6 +85,11 @@ class _Translation:
     sources: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     flying: dict[str, tuple[Operation, int, Instruction]] = dataclasses.field(default_factory=dict)
     met: dict[str, tuple[Operation, int]] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def scopes(self) -> scopes.Scopes:
+        """Where in the model the computation's instructions are."""
+        return scopes.Scopes(self.computation)
 
     def program(self) -> Program:
         for instruction in self.computation.instructions:
@@ -190,7 +191,7 @@ class _Translation:
             transfer.link,
             transfer.seconds,
             "collective",
-            scope=self._scope(instruction),
+            scope=self.scopes.of(instruction),
             kind=kind,
             sent=transfer.sent,
         )
@@ -210,7 +211,7 @@ class _Translation:
         body = instruction.called("body")
         if len(body) != 1:
             raise TextError(f"{instruction.name}: must have a body; got {len(body)}")
-        trips = _trips(self.reader.module, self.computation, instruction)
+        trips = loops.trips(self.reader.module, self.computation, instruction)
         self._append(instruction, "loop", bodies=(self.reader.program(body[0]),), trips=trips)
 
     def _branch(self, instruction: Instruction) -> None:
@@ -242,7 +243,7 @@ class _Translation:
             resource,
             seconds,
             role,
-            scope=self._scope(instruction),
+            scope=self.scopes.of(instruction),
             kind=instruction.opcode,
             flops=flops,
             guessed=guessed,
@@ -264,37 +265,10 @@ class _Translation:
             transfer.link,
             transfer.seconds,
             "collective",
-            scope=scope(inside.op_name) or self._scope(instruction),
+            scope=scopes.scope(inside.op_name) or self.scopes.of(instruction),
             kind=kind,
             sent=transfer.sent,
         )
-
-    def _scope(self, instruction: Instruction) -> str:
-        """Returns where in the model an instruction is: as it says, else as what it reads or feeds.
-
-        What the partitioner and the layout passes put in says nothing of itself.
-        """
-        operands = lambda found: found.operands  # noqa: E731
-        users = lambda found: self.users[found.name]  # noqa: E731
-        for neighbours in (operands, users):
-            around, seen = [instruction], {instruction.name}
-            for _ in range(_NEAR):
-                own = next((own for found in around if (own := scope(found.op_name))), "")
-                if own:
-                    return own
-                names = {name: None for found in around for name in neighbours(found)}
-                around = [self.computation.by_name[name] for name in names if name not in seen]
-                seen |= set(names)
-        return ""
-
-    @functools.cached_property
-    def users(self) -> dict[str, list[str]]:
-        """Of each instruction, those that read its result."""
-        found: dict[str, list[str]] = {name: [] for name in self.computation.by_name}
-        for instruction in self.computation.instructions:
-            for operand in instruction.operands:
-                found[operand].append(instruction.name)
-        return found
 
     def _slowest(self, kind: str, held: float, inside: Instruction) -> Transfer:
         """Prices the group that takes longest: the others wait for it, sooner or later."""
@@ -324,22 +298,6 @@ class _Translation:
         if cycles is None:
             return memory, flops, False
         return (cycles if flops else min(cycles, memory)), flops, False
-
-
-def scope(op_name: str) -> str:
-    """Returns where in the model an operation comes from, by the library's public scopes.
-
-    `jit(step)/transpose(jvp(layers))/while/body/jvp(expert)/dot` is `layers/expert`.
-    """
-    words = [word for word in re.split(r"[/()]", op_name) if word]
-    found = [word for word in words if word in _SCOPES or re.fullmatch(r"layer_\d+|layers", word)]
-    return "/".join(dict.fromkeys(found))
-
-
-_SCOPES = {
-    *("embed", "attention", "router", "dispatch", "exchange", "expert", "combine", "shared"),
-    *("dense", "head", "loss", "optimizer"),
-}
 
 
 def _wrapped(
@@ -373,89 +331,3 @@ def _cycles(instruction: Instruction, chip: Chip) -> float | None:
         return None
     cycles = int(window.get("estimated_cycles", _NO_ESTIMATE))
     return None if cycles >= _NO_ESTIMATE else cycles / (chip.clock_mhz * 1e6)
-
-
-def _trips(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Returns how often a loop of a computation runs.
-
-    As noted; else its condition must compare a counter with a constant. The counter begins where it
-    is seen to, else at 0, and goes up by 1.
-    """
-    noted = instruction.backend_config.get("known_trip_count")
-    if isinstance(noted, dict) and "n" in noted:
-        return int(noted["n"])
-    named = instruction.called("condition")
-    if len(named) != 1:
-        raise TextError(f"{instruction.name}: must have a condition; got {len(named)}")
-    condition = module.computations[named[0]]
-    initial = {
-        f"#{number}": _value(computation, name, {})
-        for number, name in enumerate(_elements(computation, instruction))
-    }
-    direction, left, right = _compared(module, condition, condition.root, initial)
-    if direction in ("GT", "GE"):
-        left, right = right, left
-    if direction not in ("LT", "LE", "GT", "GE") or right is None:
-        raise TextError(
-            f"{instruction.name}: the loop's condition must compare a counter that goes up with a "
-            f"constant; got none in {condition.name}"
-        )
-    return max(0, right + (direction in ("LE", "GE")) - (left or 0))
-
-
-def _elements(computation: Computation, instruction: Instruction) -> tuple[str, ...]:
-    """Returns what a loop begins with, element by element; nothing if it is not seen."""
-    given = computation.by_name.get(instruction.operands[0]) if instruction.operands else None
-    return given.operands if given is not None and given.opcode == "tuple" else ()
-
-
-def _compared(
-    module: Module, computation: Computation, name: str, known: dict[str, int | None]
-) -> tuple[str, int | None, int | None]:
-    """Returns the direction of a comparison and both sides, where they are known."""
-    root = computation.by_name[name]
-    if root.opcode in _SAME and root.operands:
-        return _compared(module, computation, root.operands[0], known)
-    if root.opcode == "fusion" and len(root.called("calls")) == 1:
-        inside = module.computations[root.called("calls")[0]]
-        values = [_value(computation, operand, known) for operand in root.operands]
-        given = {str(number): value for number, value in enumerate(values)}
-        return _compared(module, inside, inside.root, given)
-    direction = re.search(r"direction=(\w+)", root.attributes)
-    if root.opcode != "compare" or direction is None or len(root.operands) != 2:
-        return "", None, None
-    left, right = (_value(computation, operand, known) for operand in root.operands)
-    return direction[1], left, right
-
-
-def _value(computation: Computation, name: str, known: dict[str, int | None]) -> int | None:
-    """Returns an integer, if it is one that is known: by a parameter's number, by #element."""
-    found = computation.by_name[name]
-    if found.opcode == "constant":
-        return int(found.literal) if re.fullmatch(r"-?\d+", found.literal) else None
-    if found.opcode == "parameter":
-        return known.get(found.literal)
-    if found.opcode == "get-tuple-element":
-        index = re.search(r"index=(\d+)", found.attributes)
-        return known.get(f"#{index[1]}") if index else None
-    if found.opcode in _SAME and found.operands:
-        return _value(computation, found.operands[0], known)
-    return None
-
-
-def runs(module: Module) -> dict[str, int]:
-    """Returns how often each computation runs that the entry reaches, loops counted."""
-    found: dict[str, int] = {}
-
-    def visit(name: str, times: int) -> None:
-        found[name] = found.get(name, 0) + times
-        for instruction in module.computations[name].instructions:
-            inner = times
-            if instruction.opcode == "while":
-                inner *= _trips(module, module.computations[name], instruction)
-            for called in instruction.called("body", "branch_computations", "to_apply", "calls"):
-                if called in module.computations:
-                    visit(called, inner)
-
-    visit(module.entry, 1)
-    return found

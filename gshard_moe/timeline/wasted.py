@@ -8,7 +8,7 @@ A second opinion on which collectives stay exposed, not a step time.
 import re
 
 from gshard_moe.timeline import hlo
-from gshard_moe.timeline.read import runs
+from gshard_moe.timeline.loops import runs
 
 _WASTED = re.compile(r"^    (\w+)_wasted_cycles: ([\d.e+]+)", re.MULTILINE)
 # A sum of the others, and what is no collective.

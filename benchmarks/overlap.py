@@ -1,0 +1,181 @@
+"""What of its communication a program hides, and how near it comes to the best possible.
+
+Programs are compiled ahead of time for clusters that are not there, and their schedules replayed
+(`gshard_moe.timeline`); nothing ran on a TPU. Times are the replay's, by both models of the links:
+`lhs` prices an all-to-all as XLA's own scheduler does, `bisect` by the links that cut the group in
+two. The bound is the largest of what the core, and each link, is busy for, and the critical path:
+no overlap makes the same operations faster.
+
+- layer: one MoE layer of 64 experts (16 devices of TPU v5p:2x2x4, card `expert`, 4096 tokens a
+  device, K = 2, M = 4096, H = 8192, capacity 1.0, bfloat16), forward and with all gradients.
+- train: the whole step of `mixtral_8x7b` (32 layers, 4 x 2048 tokens a device, capacity 1.25, full
+  remat, bfloat16, float32 AdamW) on 32 chips, card `expert_fsdp` with fsdp 4 x expert 8.
+- scale: the same on 2048 chips (fsdp 256), and `gshard_600b` on 2048 devices of v4.
+
+    python benchmarks/overlap.py
+    python benchmarks/overlap.py --only layer
+
+Needs the extra `aot`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import report
+import tyro
+
+from gshard_moe import Layout, ModelConfig, MoEConfig, aot, load_model
+from gshard_moe.train.lowered import lower_layer
+from gshard_moe.train.study import Study, of_lowered, study
+
+NAME = "overlap"
+Part = Literal["layer", "train", "scale"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Communication hidden, and the bound."""
+
+    only: tuple[Part, ...] = ("layer", "train", "scale")
+    """Which rows."""
+
+
+def with_chunks(card: str, chunks: int, mesh: str | None = None) -> Layout:
+    """Returns a card's layout with so many chunks."""
+    sharding = Layout.load(card, mesh=mesh).config
+    exchange = dataclasses.replace(sharding.exchange, chunks=chunks)
+    return Layout(dataclasses.replace(sharding, exchange=exchange), source=card)
+
+
+def layer_model(num_devices: int, tokens: int) -> ModelConfig:
+    """Returns a model whose MoE layer is the one of the bench; only that layer is compiled."""
+    moe = MoEConfig.preset(
+        "switch",
+        model_dim=4096,
+        num_experts=64,
+        top_k=2,
+        hidden_dim=8192,
+        group_size=tokens,
+        capacity_factor=1.0,
+        capacity_rule="ceil",
+        noise="none",
+        noise_scale=0.0,
+        activation="gelu",
+    )
+    card = dataclasses.replace(load_model("gpt2_moe"), moe=None, bias=False)
+    train = dataclasses.replace(
+        card.train, batch_size=num_devices, seq_len=tokens, dtype="bfloat16"
+    )
+    return dataclasses.replace(card, model_dim=4096, max_positions=tokens, moe=moe, train=train)
+
+
+def layer_rows() -> list[dict[str, Any]]:
+    """Compiles the layer, with and without chunks and the asynchronous option."""
+    cluster = aot.cluster("v5p:2x2x4")
+    model = layer_model(len(cluster.devices), 4096)
+    rows = []
+    for gradients in (False, True):
+        for chunks, options in ((1, {}), (1, None), (4, {}), (4, None)):
+            layout = with_chunks("expert", chunks)
+            mesh = layout.mesh(cluster.devices)
+            lowered = lower_layer(
+                model,
+                layout.on(mesh),
+                cluster.lowering,
+                gradients=gradients,
+                weights_dtype=jnp.bfloat16,
+            )
+            found = of_lowered(lowered, cluster, mesh, options=options)
+            way = "with gradients" if gradients else "forward"
+            asynchronous = "on" if options is None else "off"
+            rows.append(row(f"layer, {way}, {chunks} chunks, option {asynchronous}", found))
+    return rows
+
+
+def train_rows() -> list[dict[str, Any]]:
+    """Compiles Mixtral's train step on 32 chips."""
+    cluster, model = aot.cluster("v5p:2x4x4"), load_model("mixtral_8x7b")
+    layout = with_chunks("expert_fsdp", 1, "fsdp=4,expert=8")
+    return [row("mixtral_8x7b, 32 v5p", study("train-step", model, layout, cluster))]
+
+
+def scale_rows() -> list[dict[str, Any]]:
+    """Compiles for 2048 devices."""
+    model = load_model("mixtral_8x7b")
+    train = dataclasses.replace(model.train, batch_size=model.train.batch_size * 64)
+    layout = with_chunks("expert_fsdp", 1, "fsdp=256,expert=8")
+    wide = dataclasses.replace(model, train=train)
+    found = study("train-step", wide, layout, aot.cluster("v5p:8x16x16"))
+    rows = [row("mixtral_8x7b, 2048 v5p", found)]
+    model = load_model("gshard_600b")
+    train = dataclasses.replace(model.train, dtype="bfloat16")
+    layout = with_chunks("expert_fsdp", 1, "fsdp=8,expert=256")
+    huge = dataclasses.replace(model, train=train)
+    found = study("train-step", huge, layout, aot.cluster("v4:8x8x16"))
+    return [*rows, row("gshard_600b, 2048 devices of v4", found)]
+
+
+def row(name: str, found: Study) -> dict[str, Any]:
+    """Returns what is kept of a study, and says that it is there."""
+    memory = found.compiled.memory
+    kept = {
+        "name": name,
+        "devices": found.devices,
+        "compile_s": found.compiled.seconds,
+        "memory": memory._asdict() | {"needed": memory.needed, "fits": memory.fits},
+        "instructions": found.compiled.text.count(" = "),
+        "all_to_alls": sum(s.count for s in found.sent if s.kind == "all-to-all"),
+        "wasted_s": found.wasted,
+        "models": {
+            model: one._replace(collectives=[])._asdict() | {"mfu": found.mfu[model]}
+            for model, one in found.reports.items()
+        },
+    }
+    print(f"{name}: compiled in {kept['compile_s']:.1f} s", flush=True)
+    return kept
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints the table."""
+    rows = []
+    for one in found["rows"]:
+        lhs, bisect = (one["models"].get(model) for model in ("lhs", "bisect"))
+        if lhs is None or bisect is None:
+            rows.append([one["name"], *["does not fit"] * 7])
+            continue
+        rows.append(
+            [
+                one["name"],
+                *(
+                    f"{r['step_s'] * 1e3:.2f} ({r['lower_bound_s'] * 1e3:.2f})"
+                    for r in (lhs, bisect)
+                ),
+                f"{lhs['step_s'] / lhs['lower_bound_s'] - 1:.0%}",
+                f"{lhs['exposed_s'] * 1e3:.2f} of {lhs['comm_s'] * 1e3:.2f}",
+                f"{lhs['hidden_share']:.0%}",
+                f"{lhs['mfu']:.0%}",
+                f"{one['memory']['needed'] / 2**30:.1f}",
+                f"{one['compile_s']:.0f}",
+            ]
+        )
+    print("\nBounds in brackets. Milliseconds, GiB a device, seconds to compile.")
+    head = ["", "step lhs", "step bisect", "gap", "exposed lhs", "hidden", "MFU", "GiB", "compile"]
+    print(report.table(head, rows))
+
+
+def main() -> None:
+    """Compiles, prints, stores."""
+    aot.platform_alone()
+    options = tyro.cli(Options, description=__doc__)
+    where = report.setting("libtpu")
+    print(report.headline(where), flush=True)
+    parts = {"layer": layer_rows, "train": train_rows, "scale": scale_rows}
+    rows = [one for part in options.only for one in parts[part]()]
+    found = {"setting": where, "options": dataclasses.asdict(options), "rows": rows}
+    show(found)
+    report.write(NAME, found)
+
+
+if __name__ == "__main__":
+    main()
