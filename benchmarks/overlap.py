@@ -7,7 +7,8 @@ two. The bound is the largest of what the core, and each link, is busy for, and 
 no overlap makes the same operations faster.
 
 - layer: one MoE layer of 64 experts (16 devices of TPU v5p:2x2x4, card `expert`, 4096 tokens a
-  device, K = 2, M = 4096, H = 8192, capacity 1.0, bfloat16), forward and with all gradients.
+  device, K = 2, M = 4096, H = 8192, capacity 1.0, bfloat16), forward and with all gradients; drawn
+  in `docs/timeline.png`.
 - train: the whole step of `mixtral_8x7b` (32 layers, 4 x 2048 tokens a device, capacity 1.25, full
   remat, bfloat16, float32 AdamW) on 32 chips, card `expert_fsdp` with fsdp 4 x expert 8.
 - scale: the same on 2048 chips (fsdp 256), and `gshard_600b` on 2048 devices of v4.
@@ -26,10 +27,12 @@ import report
 import tyro
 
 from gshard_moe import Layout, ModelConfig, MoEConfig, aot, load_model
-from gshard_moe.train.lowered import lower_layer
+from gshard_moe.timeline import draw
+from gshard_moe.train.lowered import lower_layer, useful_flops
 from gshard_moe.train.study import Study, of_lowered, study
 
 NAME = "overlap"
+PICTURE = report.ROOT / "docs" / "timeline.png"
 Part = Literal["layer", "train", "scale"]
 
 
@@ -74,7 +77,7 @@ def layer_rows() -> list[dict[str, Any]]:
     """Compiles the layer, with and without chunks and the asynchronous option."""
     cluster = aot.cluster("v5p:2x2x4")
     model = layer_model(len(cluster.devices), 4096)
-    rows = []
+    rows, drawn = [], {}
     for gradients in (False, True):
         for chunks, options in ((1, {}), (1, None), (4, {}), (4, None)):
             layout = with_chunks("expert", chunks)
@@ -86,10 +89,15 @@ def layer_rows() -> list[dict[str, Any]]:
                 gradients=gradients,
                 weights_dtype=jnp.bfloat16,
             )
-            found = of_lowered(lowered, cluster, mesh, options=options)
+            flops = useful_flops("layer", model) / (1 if gradients else 3)
+            found = of_lowered(lowered, cluster, mesh, flops=flops, options=options)
             way = "with gradients" if gradients else "forward"
             asynchronous = "on" if options is None else "off"
-            rows.append(row(f"layer, {way}, {chunks} chunks, option {asynchronous}", found))
+            name = f"layer, {way}, {chunks} chunk{'s' * (chunks > 1)}, option {asynchronous}"
+            rows.append(row(name, found))
+            if gradients and options is None:
+                drawn[name] = found.programs["lhs"]
+    draw.figure(drawn).savefig(PICTURE, dpi=90)
     return rows
 
 
