@@ -87,7 +87,9 @@ def test_a_program_that_cannot_be_compiled_is_refused(tmp_path: pathlib.Path):
 
     x = abstract(cluster, (8, 128), P())
     lowered = jax.jit(unknown).trace(x).lower(lowering_platforms=("tpu",))
-    with pytest.raises(aot.CompileError, match="the compiler refuses the program: .*no_such_target"):
+    with pytest.raises(
+        aot.CompileError, match="the compiler refuses the program: .*no_such_target"
+    ):
         aot.compile_lowered(lowered, cluster, dump=tmp_path)
 
 
@@ -121,7 +123,7 @@ def too_large() -> aot.Cluster:
 
 
 def test_a_program_that_the_memory_does_not_hold(tmp_path: pathlib.Path):
-    """By hand: x and its product of 8 GiB each, the hidden layer in half of that, and the weight."""
+    """By hand: x and the result of 8 GiB each, the hidden layer in half of that, and the weight."""
 
     def step(x_RM: jax.Array, w_MM: jax.Array) -> jax.Array:
         return jnp.tanh(x_RM @ w_MM) @ w_MM.T

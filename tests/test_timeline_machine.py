@@ -18,6 +18,7 @@ MS = 1e-3
 TORUS = Chip(
     platform="tpu",
     peak_tflops=100.0,
+    float32_share=1.0,
     hbm_gib=16.0,
     hbm_gb_per_s=1000.0,
     clock_mhz=1000.0,
@@ -25,6 +26,7 @@ TORUS = Chip(
     kernel_efficiency=0.5,
     fabric="torus",
     wrap_multiple=4,
+    largest=(),
     link=Link(gb_per_s=100.0, latency_us=0.0),
     network=Link(gb_per_s=10.0, latency_us=10.0),
 )

@@ -3,6 +3,7 @@
 Their devices are in `schedules`; times here are in microseconds.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -75,12 +76,26 @@ def test_a_tpus_loop():
         comm_s=3 * 100 + 15,
         exposed_s=3 * 55 + 15,
         serial_s=3 + 1 + 3 * (60 + 40 + 8 + 30 + 10 + 5) + 15,
-        lower_bound_s=3 * 100 + 15,  # the links
+        lower_bound_s=4 + 3 * 100 + 15,  # the copy, the loop's links, the branch
     )
-    assert found.bound_by == "ici:x"
+    assert found.bound_by == "critical path"
     assert found.hidden_share == pytest.approx(1 - 180 / 315)
     assert found.guessed_share == 0.0
     assert [one.sent for one in found.collectives] == pytest.approx([9e6, 9e6, 3e6, 1.5e6])
+
+
+def test_a_product_of_float32_takes_longer_where_the_chip_says_so():
+    """Of the two iterations' 2 x 60 of products, at half the rate."""
+    chip = dataclasses.replace(NODES.chip, float32_share=0.5)
+    found = report_of(GPU, dataclasses.replace(NODES, chip=chip))
+    assert found.compute_s == us(2 * 2 * 60)
+
+
+def test_a_counter_goes_up_by_what_the_body_adds():
+    """From 0 to below 3, by 2: two iterations, and so many all-gathers."""
+    by_two = LOOP.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")
+    assert by_two != LOOP
+    assert {c.name: c.count for c in report_of(by_two).collectives}["all-gather"] == 2
 
 
 def test_the_links_bound_of_a_tpus_loop():
@@ -126,7 +141,8 @@ def test_a_gpus_step():
     An iteration: 20 of a matmul (1 GFLOP, a guess) and 10 of waiting for an all-to-all in a node
     (2 MB, and 10 of latency: 30), 40 of cuBLAS. Two of them, as noted. An all-reduce in a fusion
     that is started before crosses the network: 0.5 MB, 50, and 10 of latency; a copy of one layer,
-    2, has no part in it. After: an all-gather across nodes of 1 MB, 100 and 10.
+    2, has no part in it, nor has the first wait: it is for the all-to-all. After: an all-gather
+    across nodes of 1 MB, 100 and 10.
     """
     found = report_of(GPU, NODES)
     check(
@@ -134,7 +150,7 @@ def test_a_gpus_step():
         {
             "fusion-start": (
                 *("all-reduce", "dcn", "optimizer", 1),
-                *(60, 10, {"layers/dense": 30, "layers/expert": 20}),
+                *(60, 0, {"layers/dense": 30, "layers/expert": 20}),
             ),
             "all-to-all-start": (
                 *("all-to-all", "nvlink", "layers/exchange", 2),
@@ -145,7 +161,7 @@ def test_a_gpus_step():
         step_s=2 * 70 + 110,
         compute_s=2 * 60,
         comm_s=60 + 60 + 110,
-        exposed_s=10 + 20 + 110,
+        exposed_s=20 + 110,
         serial_s=60 + 2 * (30 + 20 + 40) + 110,
         lower_bound_s=60 + 110,
     )

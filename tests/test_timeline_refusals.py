@@ -18,7 +18,7 @@ LIMIT = "compare(%i.1, %limit), direction=LT"
         ("num_partitions=4", "num_partitions=8", r"got 8 partitions, 4 devices"),
         (", num_partitions=4", "", r"got 1 partitions, 4 devices"),
         (", is_scheduled=true", "", r"is_scheduled=true.; got one that is not"),
-        (LIMIT, LIMIT.replace("LT", "NE"), r"while: the loop's condition must compare a counter"),
+        (LIMIT, LIMIT.replace("LT", "EQ"), r"while: the loop's condition must compare a counter"),
         ("%limit = s32[]{:T(128)} constant(3)", "%limit = s32[] rng()", r"got none in wide.cond"),
         ("body=%wide.body", "body=%gone", r"while calls gone, which is not in the text"),
         ("body=%wide.body", "x=1", r"while: must have a body; got 0"),

@@ -218,6 +218,7 @@ def test_what_holds_of_every_program(plan: list[tuple]):
         assert 0 <= one.exposed <= one.seconds
         assert sum(one.hidden_by.values()) <= one.hidden
     assert found.exposed_s <= found.comm_s
+    assert found.exposed_s <= found.step_s - found.compute_s
     assert found.step_s <= found.compute_s + found.comm_s + sum(
         i.seconds * i.times for i in replay(program).intervals if i.operation.role == "copy"
     )

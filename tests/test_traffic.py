@@ -75,6 +75,7 @@ COMPILED = (
     ("expert_data", {"chunks": 2}, {}),
     ("expert", {"chunks": 3}, {}),
     ("expert_model", {"chunks": 2}, {}),
+    ("expert_fsdp", {"chunks": 3}, {}),
     ("data", {}, {}),
     ("expert_model", {"dispatch": "ragged"}, {}),
     ("expert_model", {"dispatch": "ragged", "remat": "full"}, {}),

@@ -108,8 +108,23 @@ def cluster(name: str, *, slices: int = 1, chip: str | os.PathLike[str] | None =
             f"chip: must be of platform {expected!r} for {name!r}; got {figures.platform!r}"
         )
     dims = tuple(int(size) for size in shape.split("x"))
+    _check_there_is(name, generation, dims)
     describe = _tpu if expected == "tpu" else _gpu
     return describe(name, generation, figures, dims, slices)
+
+
+def _check_there_is(name: str, generation: str, dims: tuple[int, ...]) -> None:
+    """Refuses a slice larger than any, or with other dims, which a compiler may well take."""
+    largest = cards.load_chip(generation).largest
+    if not largest:
+        return
+    pairs = zip(sorted(dims), largest, strict=False)
+    if len(dims) != len(largest) or any(size > most for size, most in pairs):
+        raise ClusterError(
+            f"topology: must be a slice that there is of {generation}, with {len(largest)} sizes "
+            f"and at most {'x'.join(map(str, largest))}; got {name!r}; use a smaller one, and "
+            "--slices N for several"
+        )
 
 
 def _is_size(text: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gshard_moe.aot.cluster import Cluster
-from gshard_moe.aot.jit import blamed
+from gshard_moe.aot.jit import refused as refused_option
 from gshard_moe.aot.options import Value, compiler_options
 from gshard_moe.timeline import hlo
 
@@ -93,43 +93,53 @@ def compile_lowered(
     """
     if options is None:
         options = compiler_options(cluster.platform, cluster.name)
-    fixed: dict[str, Value] = {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True}
+    fixed: dict[str, Value] = {"xla_dump_hlo_as_text": True}
     if cluster.platform == "gpu":
         fixed |= _WITHOUT_GPU
     else:
         fixed |= {"xla_dump_latency_hiding_schedule": True}
     start = time.perf_counter()
-    program, taken, refused, message = _tried(lowered, options, fixed)
+    tried = _tried(lowered, options, fixed, dump)
     seconds = time.perf_counter() - start
-    if program is None:
-        text = _scheduled(dump)
-        memory = _too_large(message, text)
+    if tried.program is None:
+        text = _scheduled(tried.notes)
+        memory = _too_large(tried.message, text)
     else:
-        text, memory = program.as_text(), _memory(program, cluster)
-    notes = sorted(dump.glob("*.schedule.txt"))
-    schedule = notes[-1].read_text() if notes else ""
-    return Compiled(text, memory, seconds, taken, refused, schedule)
+        text, memory = tried.program.as_text(), _memory(tried.program, cluster)
+    found = next(tried.notes.glob("*.schedule.txt"), None)
+    schedule = found.read_text() if found else ""
+    return Compiled(text, memory, seconds, tried.options, tried.refused, schedule)
+
+
+class _Tried(NamedTuple):
+    """The program, or None and why; the options taken and refused; where the notes on it are."""
+
+    program: Any
+    message: str
+    options: dict[str, Value]
+    refused: dict[str, str]
+    notes: pathlib.Path
 
 
 def _tried(
-    lowered: Any, options: dict[str, Value], fixed: dict[str, Value]
-) -> tuple[Any, dict[str, Value], dict[str, str], str]:
-    """Compiles, leaving out an option after the other while the compiler refuses.
-
-    Returns:
-      The program or None, the options taken, those refused, and why there is no program.
-    """
+    lowered: Any, options: dict[str, Value], fixed: dict[str, Value], dump: pathlib.Path
+) -> _Tried:
+    """Compiles, leaving out an option after the other while the compiler refuses one."""
     options, refused = dict(options), {}
     while True:
+        notes = dump / f"attempt_{len(refused) + 1}"
+        notes.mkdir()
+        given = fixed | options | {"xla_dump_to": str(notes)}
         try:
-            return lowered.compile(compiler_options=fixed | options), options, refused, ""
+            program = lowered.compile(compiler_options=given)
+            return _Tried(program, "", options, refused, notes)
         except jax.errors.JaxRuntimeError as error:
             message = str(error)
         if _TOO_LARGE.search(message):
-            return None, options, refused, message
-        if not options:
+            return _Tried(None, message, options, refused, notes)
+        name = refused_option(options, message)
+        if name is None:
             raise CompileError(f"the compiler refuses the program: {message[:2000]}")
-        name = blamed(options, message)
         refused[name] = message.splitlines()[0]
         del options[name]
 
@@ -162,8 +172,7 @@ def _too_large(message: str, text: str) -> Memory:
 
 
 def _scheduled(dump: pathlib.Path) -> str:
-    # The last: one that was compiled before was refused with an option.
-    for path in sorted(dump.glob("*.after_optimizations.txt"), reverse=True):
+    for path in sorted(dump.glob("*.after_optimizations.txt")):
         text = path.read_text()
         if "is_scheduled=true" in text.partition("\n")[0]:
             return text

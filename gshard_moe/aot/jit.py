@@ -7,17 +7,18 @@ from typing import Any
 
 import jax
 
-from gshard_moe.aot.options import Value, compiler_options, generation_of
+from gshard_moe.aot.options import OPTIONS, Value, compiler_options, generation_of
 
 _log = logging.getLogger(__name__)
-# How the compiler begins when it does not know an option, or cannot do what it asks for.
-_REFUSALS = ("UNIMPLEMENTED", "INVALID_ARGUMENT")
 
 
-def blamed(options: Iterable[str], message: str) -> str:
-    """Returns the option that a compiler's refusal is about: the one named, else the last."""
-    options = list(options)
-    return next((name for name in options if name in message), options[-1])
+def refused(options: Iterable[str], message: str) -> str | None:
+    """Returns the option that an error is about; None: it is about none of them."""
+    words = {option.name: option.refusal for table in OPTIONS.values() for option in table}
+    for name in options:
+        if name in message or (words.get(name) and words[name] in message):
+            return name
+    return None
 
 
 class JitWithOptions:
@@ -32,29 +33,24 @@ class JitWithOptions:
         """Takes the function, the options to try, and the arguments of `jax.jit`."""
         self.options = dict(options)
         self.refused: dict[str, str] = {}
-        self._compiles = False
         self._plain = jax.jit(function, **jit)
         self._with_options = functools.partial(jax.jit, function, **jit)
         self._jitted = self._fresh()
 
     def __call__(self, *args: Any) -> Any:
         """Runs it; a compiler's refusal of an option costs another compilation."""
-        while not self._compiles:
+        while True:
             try:
-                found = self._jitted(*args)
+                return self._jitted(*args)
             except jax.errors.JaxRuntimeError as error:
                 message = str(error)
-                if not self.options or not message.startswith(_REFUSALS):
+                name = refused(self.options, message)
+                if name is None:
                     raise
-            else:
-                self._compiles = True
-                return found
-            name = blamed(self.options, message)
             self.refused[name] = message.splitlines()[0]
             _log.warning("%s is left out: the compiler says %s", name, self.refused[name])
             del self.options[name]
             self._jitted = self._fresh()
-        return self._jitted(*args)
 
     def trace(self, *args: Any) -> Any:
         """Traces it, as `jax.jit(f).trace`; no option is set."""

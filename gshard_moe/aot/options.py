@@ -20,17 +20,20 @@ class Option(NamedTuple):
       name: as XLA spells it.
       value: what it is set to.
       reason: why.
+      refusal: words of the compiler's where a chip or a slice cannot do it.
     """
 
     name: str
     value: Value
     reason: str
+    refusal: str = ""
 
 
 _ASYNC_ALL_TO_ALL = Option(
     "xla_tpu_enable_async_all_to_all",
     True,
     "off by default, and then every all-to-all is synchronous: nothing can hide it",
+    "Async all-to-all not supported",
 )
 # By generation of the chip. A GPU's latency-hiding scheduler and asynchronous collectives are on
 # by default.

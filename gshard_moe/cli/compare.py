@@ -13,6 +13,8 @@ from gshard_moe.timeline.machine import LinkModel
 
 _SECONDS = ("step_s", "lower_bound_s", "serial_s", "compute_s", "comm_s", "exposed_s")
 _SHARES = ("hidden_share", "mfu", "custom_call_share")
+_Get = Callable[[dict[str, Any]], int | float | None]
+_Show = Callable[[int | float], str]
 
 
 class CompareError(ValueError):
@@ -35,10 +37,10 @@ def compare(
       markdown: Print a Markdown table with a row for each, for a README.
       model: Of the links, lhs or bisect.
     """
-    found = {path: _read(path, model) for path in (before, after)}
+    a, b = _read(before, model), _read(after, model)
     if markdown:
         print(MARKDOWN_HEAD)
-        for path, one in found.items():
+        for path, one in ((before, a), (after, b)):
             print(markdown_row(path.stem, one, model))
         return 0
     console = Console(highlight=False, width=max(Console().width, 120))
@@ -46,8 +48,7 @@ def compare(
     table.add_column("")
     for name in (before.stem, after.stem, "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    a, b = found.values()
-    rows: list[tuple[str, Callable[[dict[str, Any]], float | None], Callable[[float], str]]] = [
+    rows: list[tuple[str, _Get, _Show]] = [
         (name, _of_model(model, name), shown_seconds) for name in _SECONDS
     ]
     rows += [(name, _of_model(model, name), _percent) for name in _SHARES]
@@ -102,8 +103,7 @@ def _read(path: pathlib.Path, model: str) -> dict[str, Any]:
         raise CompareError(f"{path}: must be readable; {error.strerror}") from None
     except ValueError as error:
         raise CompareError(f"{path}: must be JSON; {error}") from None
-    needed = ("devices", "compile_s", "memory", "collectives", "models")
-    missing = [key for key in needed if not isinstance(found, dict) or key not in found]
+    missing = _missing(found, model)
     if missing:
         raise CompareError(
             f"{path}: must be what `gshard-moe compile --json` prints; it lacks {missing}"
@@ -111,18 +111,39 @@ def _read(path: pathlib.Path, model: str) -> dict[str, Any]:
     return found
 
 
-def _of_model(model: str, name: str) -> Callable[[dict[str, Any]], float | None]:
+def _missing(found: Any, model: str) -> list[str]:
+    """Returns what is not there of what is read."""
+    missing = _without(found, "", ("devices", "compile_s", "memory", "collectives", "models"))
+    if missing:
+        return missing
+    missing = _without(found["memory"], "memory.", ("arguments", "temporaries"))
+    missing += _without(found["models"], "models.", (model,))
+    if not missing and found["models"][model] is not None:  # null: it did not fit
+        needed = (*_SECONDS, *_SHARES, "bound_by")
+        missing = _without(found["models"][model], f"models.{model}.", needed)
+    if not isinstance(found["collectives"], list):
+        return [*missing, "collectives"]
+    for number, one in enumerate(found["collectives"]):
+        missing += _without(one, f"collectives.{number}.", ("kind", "count", "bytes"))
+    return missing
+
+
+def _without(found: Any, where: str, names: tuple[str, ...]) -> list[str]:
+    return [where + name for name in names if not isinstance(found, dict) or name not in found]
+
+
+def _of_model(model: str, name: str) -> _Get:
     return lambda found: found["models"][model] and found["models"][model][name]
 
 
-def _of_kind(found: dict[str, Any], kind: str, field: str) -> float:
+def _of_kind(found: dict[str, Any], kind: str, field: str) -> int | float:
     return sum(one[field] for one in found["collectives"] if one["kind"] == kind)
 
 
-def _cells(a: float | None, b: float | None, show: Callable[[float], str]) -> list[str]:
+def _cells(a: int | float | None, b: int | float | None, show: _Show) -> list[str]:
     ratio = f"{b / a:.3f}" if a and b is not None else ""
     return ["-" if value is None else show(value) for value in (a, b)] + [ratio]
 
 
-def _percent(share: float) -> str:
+def _percent(share: int | float) -> str:
     return f"{share:.1%}"

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from gshard_moe import aot, cards
-from gshard_moe import config as configs
 from gshard_moe.cli import pictures
 from gshard_moe.cli.sizes import shown_bytes, shown_seconds
 from gshard_moe.layout import Layout
@@ -68,19 +67,23 @@ def compile(
     cluster = aot.cluster(topology, slices=slices, chip=chip)
     source = cards.source_of("models", model)
     found = study(what, config, layout, cluster, source=source, dump=dump)
-    for path in picture:
-        pictures.write(path, found)
     if json:
         print(json_format.dumps(as_json(found), indent=1))
-        return 0
+    else:
+        _print(found, f"{what} of {model} under {sharding}", topology, slices)
+    for path in picture:
+        pictures.write(path, found)
+    return 0
+
+
+def _print(found: Study, program: str, topology: str, slices: int) -> None:
     # A row is one line, on a narrow terminal and in a file too.
     console = Console(highlight=False, width=max(Console().width, 150))
     of = f"{slices} x {topology}" if slices > 1 else topology
-    console.print(f"{what} of {model} under {sharding}, for {of}: {found.devices} devices\n")
-    _print_memory(console, found, config, layout)
+    console.print(f"{program}, for {of}: {found.devices} devices\n")
+    _print_memory(console, found)
     _print_sent(console, found)
     _print_reports(console, found)
-    return 0
 
 
 def as_json(found: Study) -> dict[str, Any]:
@@ -108,14 +111,13 @@ def as_json(found: Study) -> dict[str, Any]:
         "collectives": [sent._asdict() for sent in found.sent],
         "models": models,
         "wasted_s": found.wasted,
+        "changes": [] if memory.fits else found.changes,
         "options": found.compiled.options,
         "refused_options": found.compiled.refused,
     }
 
 
-def _print_memory(
-    console: Console, found: Study, config: configs.ModelConfig, layout: Layout
-) -> None:
+def _print_memory(console: Console, found: Study) -> None:
     memory, compiled = found.compiled.memory, found.compiled
     fits = "fits" if memory.fits else "DOES NOT FIT"
     console.print(
@@ -124,7 +126,7 @@ def _print_memory(
         f"{shown_bytes(memory.outputs)}, temporaries {shown_bytes(memory.temporaries)})"
     )
     if not memory.fits:
-        for change in found.changes(config, layout):
+        for change in found.changes:
             console.print(f"  {change}", markup=False)
     options = ", ".join(f"{name}={value}" for name, value in compiled.options.items()) or "none"
     console.print(f"Compiled in {compiled.seconds:.1f} s; options: {options}")

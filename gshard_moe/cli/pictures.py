@@ -20,12 +20,15 @@ def check(path: pathlib.Path) -> None:
         )
     if not path.parent.is_dir():
         raise PictureError(f"--picture: its folder must exist; got {str(path)!r}")
+    if path.is_dir():
+        raise PictureError(f"--picture: must be a file; got the folder {str(path)!r}")
 
 
 def check_folder(path: pathlib.Path) -> None:
     """Refuses, before anything is compiled, what can be no folder."""
-    if path.exists() and not path.is_dir():
-        raise PictureError(f"--dump: must be a folder, or new; got the file {str(path)!r}")
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise PictureError(f"--dump: must be a folder, or new; got the file {str(part)!r}")
 
 
 def write(path: pathlib.Path, found: Study) -> None:

@@ -11,7 +11,7 @@ def shown_bytes(count: int | float) -> str:
     return f"{size:,.2f} TiB"
 
 
-def shown_seconds(seconds: float) -> str:
+def shown_seconds(seconds: int | float) -> str:
     """Spells seconds, milliseconds or microseconds."""
     for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
         if seconds * scale >= 1 or unit == "us":

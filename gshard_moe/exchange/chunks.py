@@ -1,20 +1,24 @@
 """Slots in chunks: while one chunk travels, the experts compute another.
 
 Chunks are of experts where every device has enough of them, so that each weight is used once and
-its gradient taken once; else of the capacity, where a weight's gradient is a sum over the chunks.
+its gradient taken once; else of the capacity, where every chunk uses all weights, gathered once,
+and a weight's gradient is a sum over the chunks.
 
 E experts, G groups, C slots, M model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from gshard_moe.experts import ExpertWeights
+from gshard_moe.experts import ROLES, ExpertWeights, Use
+
+_GATHERED = "gathered expert weights"
 
 
 class Chunk(NamedTuple):
@@ -44,6 +48,11 @@ class Cut(NamedTuple):
 
     sizes: tuple[int, ...]
     parts: int
+
+
+def most(*, num_experts: int, capacity: int, parts: int) -> int:
+    """Returns how many chunks there can be; arguments as of `cut`."""
+    return max(num_experts // parts, capacity)
 
 
 def cut(chunks: int, *, num_experts: int, capacity: int, parts: int) -> Cut:
@@ -81,8 +90,6 @@ def split(
     if len(where.sizes) == 1:
         return [Chunk(xs_EGCM, weights, token_GEC, expert_E)]
     if not where.parts:
-        # In float32, so that the chunks' gradients of a weight are summed in float32.
-        weights = jax.tree.map(lambda weight: weight.astype(jnp.float32), weights)
         pieces = zip(_along(xs_EGCM, 2, where), _along(token_GEC, 2, where), strict=True)
         return [Chunk(xs, weights, token, expert_E) for xs, token in pieces]
     leaves, tree = jax.tree.flatten(weights)
@@ -94,6 +101,43 @@ def split(
             _along(xs_EGCM, 0, where), of_leaves, _along(token_GEC, 1, where), numbers, strict=True
         )
     ]
+
+
+def over_chunks(
+    run: Callable[[Chunk], jax.Array],
+    xs_EGCM: Float[Array, "E G C M"],
+    weights: ExpertWeights,
+    token_GEC: Int[Array, "G E C"],
+    where: Cut,
+    use: Use,
+) -> list[jax.Array]:
+    """Runs each chunk.
+
+    Args:
+      run: takes a chunk to its experts and back.
+      xs_EGCM: the slots.
+      weights: of all experts, as stored.
+      token_GEC: which token is in each slot.
+      where: they are cut.
+      use: lays out a weight for its use.
+    """
+    if where.parts or len(where.sizes) == 1:
+        return [run(chunk) for chunk in split(xs_EGCM, weights, token_GEC, where)]
+
+    def gather(weight: jax.Array, role: str) -> jax.Array:
+        weight = use(role, weight.astype(xs_EGCM.dtype))
+        # In float32, so that the chunks' gradients of a weight are summed in float32.
+        return checkpoint_name(weight.astype(jnp.float32), _GATHERED)
+
+    def run_all(xs_EGCM: jax.Array, weights: ExpertWeights) -> list[jax.Array]:
+        held = {name: weight for name, weight in weights._asdict().items() if weight is not None}
+        used = {name: gather(weight, ROLES[name]) for name, weight in held.items()}
+        pieces = split(xs_EGCM, weights._replace(**used), token_GEC, where)
+        return [run(chunk) for chunk in pieces]
+
+    # Not kept for the backward, which gathers them again: see `experts.linear`.
+    policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+    return jax.checkpoint(run_all, policy=policy)(xs_EGCM, weights)
 
 
 def joined(ys_EGCM: Sequence[jax.Array], where: Cut) -> jax.Array:

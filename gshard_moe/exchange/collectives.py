@@ -52,7 +52,10 @@ def of_weight(
     count = layout.config.exchange.chunks
     if count == 1 or layout.config.compute.dispatch == "ragged":
         return list(whole)
-    parts = math.prod(layout.axis_sizes[axis] for axis in layout.axes_of("slots", "E"))
+    parts = math.prod(layout.axis_sizes[axis] for axis in layout.axes_of("slots_wire", "E"))
     where = chunks.cut(count, num_experts=sizes["E"], capacity=sizes["C"], parts=parts)
-    # By expert, each chunk has its own weights; by capacity, all of them again.
-    return traffic.cut(whole, count) if where.parts else traffic.times(whole, count)
+    if where.parts:
+        return traffic.cut(whole, count)  # each chunk has weights of its own
+    # By capacity they are gathered once, and each chunk's gradient is summed by itself.
+    sums = [c for c in whole if c.kind in ("all-reduce", "reduce-scatter")]
+    return [c for c in whole if c not in sums] + traffic.times(sums, count)

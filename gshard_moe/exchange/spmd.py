@@ -35,6 +35,7 @@ def exchange(
     use: Use,
     dropout_key_G: Key[Array, " G"] | None = None,
     chunks: int = 1,
+    fewer: bool = False,
     expert_parts: int = 1,
 ) -> Float[Array, "G S M"]:
     """Takes tokens to their experts and back.
@@ -49,6 +50,7 @@ def exchange(
       use: lays out a weight for its use.
       dropout_key_G: a key for each group, where hidden units are dropped.
       chunks: into how many pieces the slots are cut, to travel while others are computed.
+      fewer: takes fewer where there cannot be as many.
       expert_parts: into how many parts E is split on the wire.
     Returns:
       The weighted sum of each token's served experts.
@@ -68,6 +70,10 @@ def exchange(
         xs_EGCM = gather.dispatch(x_GSM, slots)
         combine = functools.partial(gather.combine, slots=slots)
     num_experts, _, capacity, _ = xs_EGCM.shape
+    if fewer:
+        chunks = min(
+            chunks, chunking.most(num_experts=num_experts, capacity=capacity, parts=expert_parts)
+        )
     where = chunking.cut(chunks, num_experts=num_experts, capacity=capacity, parts=expert_parts)
 
     def run(chunk: chunking.Chunk) -> jax.Array:
@@ -89,9 +95,7 @@ def exchange(
         with jax.named_scope("exchange"):
             return constrain("slots_source", constrain("slots_wire", ys_EGCM))
 
-    with jax.named_scope("exchange"):
-        pieces = chunking.split(xs_EGCM, weights, slots.token_GEC, where)
-    ys_EGCM = [run(piece) for piece in pieces]
+    ys_EGCM = chunking.over_chunks(run, xs_EGCM, weights, slots.token_GEC, where, use)
     with jax.named_scope("exchange"):
         ys_EGCM = constrain("slots_source", chunking.joined(ys_EGCM, where))
     with jax.named_scope("combine"):

@@ -1,6 +1,7 @@
 """Experts: the feed-forward network over slots or rows, and the grouped matmul of rows."""
 
 from gshard_moe.experts.ffn import (
+    ROLES,
     Constrain,
     ExpertWeights,
     Form,
@@ -19,6 +20,7 @@ __all__ = [
     "Constrain",
     "ExpertWeights",
     "Form",
+    "ROLES",
     "ROOM",
     "Use",
     "activate",

@@ -40,6 +40,17 @@ class ExpertWeights(NamedTuple):
     out_bias_EM: Float[Array, "E M"] | None = None
 
 
+# The layout's role of each.
+ROLES = {
+    "in_EMH": "expert_in",
+    "gate_EMH": "expert_in",
+    "out_EHM": "expert_out",
+    "in_bias_EH": "expert_in_bias",
+    "gate_bias_EH": "expert_in_bias",
+    "out_bias_EM": "expert_out_bias",
+}
+
+
 def activate(
     kind: config.Activation,
     h: jax.Array,

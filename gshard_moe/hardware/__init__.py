@@ -34,6 +34,7 @@ class Chip(Checked):
     Attributes:
       platform: as JAX names it.
       peak_tflops: 1e12 multiplications and additions a second in bfloat16, dense.
+      float32_share: of it, where a product's operands are float32 and no precision is asked for.
       hbm_gib: memory that programs may have.
       hbm_gb_per_s: its bandwidth.
       clock_mhz: of the cycles in the compiler's estimates; 0 where it gives none.
@@ -44,12 +45,14 @@ class Chip(Checked):
         away.
       wrap_multiple: a torus closes on itself in slices whose every dim is a multiple of it; 0:
         none does.
+      largest: sizes of the largest slice there is, for each dim of its torus, in rising order.
       link: within a slice or node (ICI, NVLink).
       network: between slices or nodes (DCN, InfiniBand), of one device.
     """
 
     platform: Literal["tpu", "gpu"]
     peak_tflops: float
+    float32_share: float
     hbm_gib: float
     hbm_gb_per_s: float
     clock_mhz: float
@@ -57,12 +60,13 @@ class Chip(Checked):
     kernel_efficiency: float
     fabric: Literal["torus", "switch"]
     wrap_multiple: int
+    largest: tuple[int, ...]
     link: Link
     network: Link
 
     def _check(self, faults: Faults) -> None:
         faults.positive("peak_tflops", "hbm_gib", "hbm_gb_per_s", "devices_per_chip")
-        faults.positive("kernel_efficiency")
+        faults.positive("kernel_efficiency", "float32_share")
         faults.not_negative("clock_mhz", "wrap_multiple")
         faults.require(
             "kernel_efficiency",

@@ -284,14 +284,15 @@ class Layout:
           source: the model card's name in messages.
         Raises:
           LayoutError: with every dim that its mesh axes do not divide, and if the tokens do not
-            divide by the group size or are too many for the model's positions; and why the
-            dispatch `ragged`, if the card asks for it, is impossible.
+            divide by the group size or are too many for the model's positions, or slots for the
+            chunks too few; and why the dispatch `ragged`, if the card asks for it, is impossible.
         """
         size_of = sizes.letter_sizes(model, batch_size, seq_len)
         mesh = self.axis_sizes
         faults = sizes.misfits(model, size_of, source)
         if model.moe is not None:
             faults += self._ragged_faults()
+            faults += self._chunk_faults(size_of["E"], size_of["C"])
         ours = sizes.parameters_of(model)
         laid_out: list[tuple[str, Stage, str]] = []
         for role in (*ours, *notation.ACTIVATIONS):
@@ -319,6 +320,19 @@ class Layout:
         """
         if faults := self._ragged_faults():
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
+
+    def _chunk_faults(self, num_experts: int, capacity: int) -> list[str]:
+        """Says if slots are to be cut into more chunks than there are."""
+        chunks = self.config.exchange.chunks
+        parts = math.prod(self.axis_sizes[axis] for axis in self.axes_of("slots_wire", "E"))
+        local = num_experts // parts
+        if chunks <= max(local, capacity):
+            return []
+        return [
+            "exchange.chunks: must be at most a device's experts, or the slots of an expert in a "
+            f"group (C); got chunks={chunks}, experts on a device={local}, C={capacity}; use fewer "
+            "chunks or larger groups"
+        ]
 
     def _ragged_faults(self) -> list[str]:
         if self.config.compute.dispatch != "ragged":

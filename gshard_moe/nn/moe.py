@@ -277,7 +277,8 @@ def _moe(
             dispatch="gather" if layout is None else layout.config.compute.dispatch,
             constrain=lay,
             chunks=1 if layout is None else layout.config.exchange.chunks,
-            expert_parts=_parts(layout, "slots", "E"),
+            fewer=not train,  # sampling has groups of a few tokens
+            expert_parts=_parts(layout, "slots_wire", "E"),
             **common,
         )
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))

@@ -7,6 +7,8 @@ in every iteration of the loop over them.
 
 import math
 import re
+import types
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -20,19 +22,30 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _VIEWS = ("bitcast", "reshape", "copy-done")
 
 
-def flops(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Returns the FLOPs of an instruction's matrix products, those inside of a fusion too."""
-    if instruction.opcode == "dot":
-        return _dot(computation, instruction)
-    if instruction.opcode == "convolution":
-        return _convolution(computation, instruction)
-    if instruction.opcode == "custom-call":
-        return _kernel(computation, instruction)
+def flops(
+    module: Module,
+    computation: Computation,
+    instruction: Instruction,
+    weights: Mapping[str, float] = types.MappingProxyType({}),
+) -> float:
+    """Returns the FLOPs of an instruction's matrix products, those inside of a fusion too.
+
+    Args:
+      module: of the instruction.
+      computation: of the instruction.
+      instruction: any.
+      weights: what a FLOP counts, by the dtype of a product's first operand; else 1.
+    """
+    count = _COUNTED.get(instruction.opcode)
+    if count is not None:
+        operands = [computation.by_name[name] for name in instruction.operands[:1]]
+        dtype = operands[0].shape.partition("[")[0] if operands else ""
+        return count(computation, instruction) * weights.get(dtype, 1.0)
     found = 0.0
     if instruction.opcode in _CALLERS:
         for name in instruction.called(*_CALLED):
             inside = module.computations[name]
-            found += sum(flops(module, inside, inner) for inner in inside.instructions)
+            found += sum(flops(module, inside, inner, weights) for inner in inside.instructions)
     return found
 
 
@@ -44,6 +57,10 @@ def moved_bytes(module: Module, computation: Computation, instruction: Instructi
         return 2.0 * instruction.result_bytes
     if instruction.opcode == "dynamic-update-slice":
         return 2.0 * operands[1].result_bytes
+    if instruction.opcode == "scatter":
+        rest = operands[_scattered(instruction) :]
+        read = sum(operand.result_bytes for operand in rest)
+        return read + _updates(computation, instruction)
     bodies = instruction.called(*_CALLED) if instruction.opcode in _CALLERS else []
     if not bodies and instruction.opcode.endswith("-start"):
         return _copied(instruction, operands)
@@ -97,6 +114,8 @@ def _read_of(module: Module, inside: Computation, name: str) -> float:
             total += user.result_bytes
         elif user.opcode == "dynamic-update-slice" and first:
             continue  # in place
+        elif user.opcode == "scatter" and name in user.operands[: _scattered(user)]:
+            total += _updates(inside, user)  # in place, and added to
         elif user.opcode in _VIEWS:
             total += _read_of(module, inside, user.name)
         elif user.opcode in _CALLERS and user.called(*_CALLED):
@@ -129,7 +148,20 @@ def _written(module: Module, inside: Computation, root: Instruction) -> float:
         return _written(module, body, body.by_name[body.root])
     if root.opcode == "dynamic-update-slice":
         return float(inside.by_name[root.operands[1]].result_bytes)
+    if root.opcode == "scatter":
+        return _updates(inside, root)
     return float(root.result_bytes)
+
+
+def _scattered(instruction: Instruction) -> int:
+    """Returns how many arrays a scatter updates: they come first, then indices, then updates."""
+    return (len(instruction.operands) - 1) // 2
+
+
+def _updates(computation: Computation, instruction: Instruction) -> float:
+    """Returns the bytes of what a scatter puts in."""
+    names = instruction.operands[_scattered(instruction) + 1 :]
+    return float(sum(computation.by_name[name].result_bytes for name in names))
 
 
 def _dot(computation: Computation, instruction: Instruction) -> float:
@@ -195,3 +227,10 @@ def _field(fields: dict[str, str], name: str, dim: int, default: str) -> str:
 def _numbers(attributes: str, name: str) -> list[int]:
     found = re.search(rf"\b{name}=\{{([\d,\s]*)\}}", attributes)
     return [int(i) for i in found[1].split(",") if i.strip()] if found else []
+
+
+_COUNTED: dict[str, Callable[[Computation, Instruction], float]] = {
+    "dot": _dot,
+    "convolution": _convolution,
+    "custom-call": _kernel,
+}

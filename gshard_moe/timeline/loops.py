@@ -1,5 +1,6 @@
 """How often loops run: XLA for TPUs does not note it, but a condition says it."""
 
+import math
 import re
 
 from gshard_moe.timeline.hlo import Computation, Instruction, Module, TextError
@@ -12,7 +13,7 @@ def trips(module: Module, computation: Computation, instruction: Instruction) ->
     """Returns how often a loop of a computation runs.
 
     As noted; else its condition must compare a counter with a constant. The counter begins where it
-    is seen to, else at 0, and goes up by 1.
+    is seen to, else at 0, and goes up by what it is seen to, else by 1.
     """
     noted = instruction.backend_config.get("known_trip_count")
     if isinstance(noted, dict) and "n" in noted:
@@ -28,12 +29,14 @@ def trips(module: Module, computation: Computation, instruction: Instruction) ->
     direction, left, right = _compared(module, condition, condition.root, initial)
     if direction in ("GT", "GE"):
         left, right = right, left
-    if direction not in ("LT", "LE", "GT", "GE") or right is None:
+    if direction not in ("LT", "LE", "GT", "GE", "NE") or right is None:
         raise TextError(
             f"{instruction.name}: the loop's condition must compare a counter that goes up with a "
             f"constant; got none in {condition.name}"
         )
-    return max(0, right + (direction in ("LE", "GE")) - (left or 0))
+    distance = right + (direction in ("LE", "GE")) - (left or 0)
+    step = abs(_step(module, instruction, _counter(module, condition, condition.root)) or 1)
+    return max(0, math.ceil(distance / step))
 
 
 def runs(module: Module) -> dict[str, int]:
@@ -52,6 +55,70 @@ def runs(module: Module) -> dict[str, int]:
 
     visit(module.entry, 1)
     return found
+
+
+def _counter(module: Module, condition: Computation, name: str) -> str | None:
+    """Returns which element of the loop's tuple a condition looks at; None if not only one."""
+    found, around = set(), [name]
+    while around:
+        instruction = condition.by_name[around.pop()]
+        if instruction.opcode == "get-tuple-element":
+            found.add(_index(instruction))
+        else:
+            around += instruction.operands
+    return found.pop() if len(found) == 1 else None
+
+
+def _step(module: Module, instruction: Instruction, counter: str | None) -> int | None:
+    """Returns by how much a loop's body moves an element of its tuple, if that is seen."""
+    body = module.computations.get(next(iter(instruction.called("body")), ""))
+    if body is None or counter is None:
+        return None
+    root = body.by_name[body.root]
+    if root.opcode != "tuple" or int(counter) >= len(root.operands):
+        return None
+    return _moved(module, body, root.operands[int(counter)], counter, {})
+
+
+def _moved(
+    module: Module,
+    computation: Computation,
+    name: str,
+    counter: str,
+    known: dict[str, tuple[str, int | None]],
+) -> int | None:
+    """Returns what is added to the counter; of a fusion's parameters, `known` says what they are.
+
+    A value is ("counter", 0), ("constant", its number) or ("", None).
+    """
+
+    def value(name: str) -> tuple[str, int | None]:
+        found = computation.by_name[name]
+        if found.opcode in _SAME and found.operands:
+            return value(found.operands[0])
+        if found.opcode == "parameter":
+            return known.get(found.literal, ("", None))
+        if found.opcode == "get-tuple-element" and not known and _index(found) == counter:
+            return "counter", 0
+        number = _value(computation, name, {})
+        return ("", None) if number is None else ("constant", number)
+
+    found = computation.by_name[name]
+    if found.opcode in _SAME and found.operands:
+        return _moved(module, computation, found.operands[0], counter, known)
+    if found.opcode == "fusion" and len(found.called("calls")) == 1:
+        inside = module.computations[found.called("calls")[0]]
+        given = {str(number): value(operand) for number, operand in enumerate(found.operands)}
+        return _moved(module, inside, inside.root, counter, given)
+    if found.opcode == "add" and len(found.operands) == 2:
+        by = dict(value(operand) for operand in found.operands)
+        return by.get("constant") if "counter" in by else None
+    return None
+
+
+def _index(instruction: Instruction) -> str:
+    found = re.search(r"index=(\d+)", instruction.attributes)
+    return found[1] if found else ""
 
 
 def _elements(computation: Computation, instruction: Instruction) -> tuple[str, ...]:
@@ -87,8 +154,7 @@ def _value(computation: Computation, name: str, known: dict[str, int | None]) ->
     if found.opcode == "parameter":
         return known.get(found.literal)
     if found.opcode == "get-tuple-element":
-        index = re.search(r"index=(\d+)", found.attributes)
-        return known.get(f"#{index[1]}") if index else None
+        return known.get(f"#{_index(found)}")
     if found.opcode in _SAME and found.operands:
         return _value(computation, found.operands[0], known)
     return None

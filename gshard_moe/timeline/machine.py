@@ -2,8 +2,8 @@
 
 `lhs` prices as XLA's own latency-hiding scheduler does where that is known (all-to-all and
 permute), `bisect` by the links that cut the group in two, or a device in a corner off: no schedule
-of the same links is faster. Both know bandwidth and, beyond a torus, one latency; neither knows
-contention with other groups, congestion, or what a host does meanwhile.
+of the same links is faster. A permute has one price, a link's. Both know bandwidth and one latency;
+neither knows contention with other groups, congestion, or what a host does meanwhile.
 
 B bytes of a device, P devices of a group.
 """
@@ -146,6 +146,7 @@ class Machine:
             if model == "bisect":
                 half = extents[longest] // 2
                 crossing = held * half * (extents[longest] - half) / extents[longest]
+                crossing *= len(places) / len(set(places))  # a chip's devices share its links
                 seconds = crossing / (2 if longest in rings else 1) / width
         else:
             # A ring both ways round, there and back on a line; or all links of a device in a corner
@@ -154,6 +155,7 @@ class Machine:
             if model == "bisect":
                 links = len(extents) + len(rings)
             seconds = sent / (links * width)
+        seconds += self.chip.link.latency_us * 1e-6
         return Transfer("ici:" + "".join("xyz"[dim] for dim in sorted(extents)), sent, seconds)
 
     @functools.cached_property

@@ -39,6 +39,12 @@ class Operation:
     flops: float = 0.0
     guessed: bool = False
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What it keeps busy: `ici:xy` runs along two dims of a torus, each a unit."""
+        kind, _, dims = self.resource.partition(":")
+        return tuple(f"{kind}:{dim}" for dim in dims) or (kind,)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:

@@ -294,7 +294,9 @@ class _Translation:
         flops = costs.flops(module, self.computation, instruction)
         cycles = _cycles(instruction, chip)
         if instruction.opcode == "custom-call" or (flops and cycles is None):
-            return max(flops / (chip.kernel_efficiency * chip.flops), memory), flops, True
+            weights = {"f32": 1 / chip.float32_share}
+            weighed = costs.flops(module, self.computation, instruction, weights)
+            return max(weighed / (chip.kernel_efficiency * chip.flops), memory), flops, True
         if cycles is None:
             return memory, flops, False
         return (cycles if flops else min(cycles, memory)), flops, False

@@ -4,6 +4,7 @@ Each resource does one thing at a time, in the order in which it is asked. A loo
 alike: one is replayed, unless something is in flight while the loop runs.
 """
 
+import collections
 import copy
 import dataclasses
 from typing import Literal, NamedTuple
@@ -77,17 +78,36 @@ def replay(program: Program, *, each_once: bool = False) -> Replay:
 def critical_path(program: Program) -> float:
     """Returns the seconds of the longest chain of operations that need each other's results.
 
-    No overlap, however good, makes the program shorter; a loop's iterations follow each other.
+    No overlap, however good, makes the program shorter. Of a loop it is one iteration, or what any
+    unit is busy for in all of them: what an iteration needs of the one before is not followed, so
+    that weights may be fetched ahead.
     """
     ends: list[float] = []
     for step in program.steps:
-        seconds = step.trips * max((critical_path(body) for body in step.bodies), default=0.0)
+        seconds = max((critical_path(body) for body in step.bodies), default=0.0)
+        if step.action == "loop":
+            busy = max(_busy(step.bodies[0]).values(), default=0.0)
+            seconds = max(seconds, busy * step.trips) if step.trips else 0.0
         # What is started is there once it has been waited for; before, nobody can read it.
         if step.action in ("run", "wait"):
             assert step.operation is not None
             seconds = step.operation.seconds
         ends.append(max((ends[i] for i in step.needs), default=0.0) + seconds)
     return max(ends, default=0.0)
+
+
+def _busy(program: Program) -> dict[str, float]:
+    """Returns the seconds that each unit is busy at least, whichever branch is taken."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for step in program.steps:
+        if step.action in ("run", "start"):
+            assert step.operation is not None
+            for unit in step.operation.units:
+                found[unit] += step.operation.seconds
+        of_bodies = [_busy(body) for body in step.bodies]
+        for unit in set[str]().union(*of_bodies):
+            found[unit] += step.trips * min(one.get(unit, 0.0) for one in of_bodies)
+    return found
 
 
 def _play(program: Program, clock: _Clock, *, times: int) -> None:
@@ -143,9 +163,9 @@ def _branch(step: Step, clock: _Clock, *, times: int) -> None:
 def _start(operation: Operation, clock: _Clock, times: int) -> None:
     if operation in clock.flying:
         raise ProgramError(f"{operation.name}: must be waited for before it is started again")
-    begin = max(clock.now, clock.free.get(operation.resource, 0.0))
-    end = begin + operation.seconds
-    clock.free[operation.resource] = clock.flying[operation] = end
+    begin = max([clock.now, *(clock.free.get(unit, 0.0) for unit in operation.units)])
+    end = clock.flying[operation] = begin + operation.seconds
+    clock.free |= dict.fromkeys(operation.units, end)
     what = "compute" if operation.resource == COMPUTE else "flight"
     clock.log.append(Interval(what, operation, begin, end, times))
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from gshard_moe.timeline.program import COMPUTE, Program, without_overlap
+from gshard_moe.timeline.program import COMPUTE, Operation, Program, without_overlap
 from gshard_moe.timeline.replay import Interval, critical_path, replay
 
 
@@ -23,7 +23,8 @@ class Collective:
       count: how often it runs.
       sent: bytes that a device sends, all runs together.
       seconds: on the link, all runs together.
-      exposed, hidden: of these seconds: while the core stood still for a collective, and the rest.
+      exposed, hidden: of these seconds: while the core stood still for it, or for one after it on
+        its link, and the rest.
       hidden_by: seconds of the core's work beside it, by the scope of that work, longest first.
     """
 
@@ -96,7 +97,8 @@ def summary(
     guessed = 0.0
     for interval in intervals:
         if interval.what != "stall":
-            busy[interval.operation.resource] += interval.seconds * interval.times
+            for unit in interval.operation.units:
+                busy[unit] += interval.seconds * interval.times
             guessed += interval.seconds * interval.times * interval.operation.guessed
     bounds = dict(busy) | {"critical path": critical_path_s}
     bound_by = max(bounds, key=lambda name: bounds[name], default="")
@@ -141,7 +143,7 @@ def _collective(flight: Interval, core: _Core) -> Collective:
         begin, end = max(flight.begin, other.begin), min(flight.end, other.end)
         if begin >= end:
             continue
-        if other.what == "stall" and other.operation.role == "collective":
+        if other.what == "stall" and _holds_up(flight.operation, other.operation):
             exposed += (end - begin) * flight.times
         elif other.what == "compute":
             beside[other.operation.scope or other.operation.name] += (end - begin) * flight.times
@@ -160,6 +162,14 @@ def _collective(flight: Interval, core: _Core) -> Collective:
         hidden=seconds - exposed,
         hidden_by=_longest_first(beside),
     )
+
+
+def _holds_up(one: Operation, waited_for: Operation) -> bool:
+    """Whether the core waits for a collective: for itself, or for what comes after it.
+
+    What is in flight elsewhere meanwhile is not waited for: a second is exposed once.
+    """
+    return waited_for.role == "collective" and one.resource == waited_for.resource
 
 
 def _merged(found: Iterable[Collective]) -> list[Collective]:

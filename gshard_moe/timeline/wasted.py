@@ -10,7 +10,7 @@ import re
 from gshard_moe.timeline import hlo
 from gshard_moe.timeline.loops import runs
 
-_WASTED = re.compile(r"^    (\w+)_wasted_cycles: ([\d.e+]+)", re.MULTILINE)
+_WASTED = re.compile(r"^    (\w+)_wasted_cycles: ([\d.e+-]+)", re.MULTILINE)
 # A sum of the others, and what is no collective.
 _NO_KIND = ("total", "call")
 

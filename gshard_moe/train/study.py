@@ -28,6 +28,7 @@ class Study(NamedTuple):
       sent: what a device sends in a step.
       mfu: by the model of the links, the useful FLOPs over what the devices could do in the step.
       wasted: seconds that XLA's own scheduler thinks it could not hide, by kind of collective.
+      changes: what would make the program need less memory, the best first.
     """
 
     devices: int
@@ -37,30 +38,7 @@ class Study(NamedTuple):
     sent: list["Sent"]
     mfu: dict[LinkModel, float]
     wasted: dict[str, float]
-
-    def changes(self, model: configs.ModelConfig, layout: Layout) -> list[str]:
-        """Returns what would make a program smaller that does not fit, the best first."""
-        memory, compute = self.compiled.memory, layout.config.compute
-        found = []
-        if memory.arguments > memory.capacity // 2:
-            found.append(
-                "split weights and moments over more devices: a larger fsdp axis, "
-                "[layout.optimizer], or a larger slice"
-            )
-        if compute.remat == "none":
-            found.append('keep less for the backward: [compute] remat = "full"')
-        if compute.layers == "unroll":
-            found.append('let layers share their buffers: [compute] layers = "scan"')
-        if model.train.dtype == "float32":
-            found.append('compute in half the bytes: [train] dtype = "bfloat16"')
-        if compute.dispatch == "einsum":
-            found.append('leave out the masks: [compute] dispatch = "gather"')
-        train = model.train
-        found.append(
-            "take fewer tokens at a time: [train] accumulate, --batch or --seq "
-            f"(now {train.batch_size} x {train.seq_len}, accumulate = {train.accumulate})"
-        )
-        return found
+    changes: list[str]
 
 
 class Sent(NamedTuple):
@@ -107,7 +85,8 @@ def study(
     layout = layout.on(mesh)
     layout.check(model, source=source)
     program = lower(what, model, layout, cluster.lowering)
-    return of_lowered(program, cluster, mesh, flops=useful_flops(what, model), dump=dump)
+    found = of_lowered(program, cluster, mesh, flops=useful_flops(what, model), dump=dump)
+    return found._replace(changes=_changes(what, model, layout, found.compiled.memory))
 
 
 def of_lowered(
@@ -160,7 +139,34 @@ def of_lowered(
         sent=sent,
         mfu=mfu,
         wasted=timeline.wasted(compiled.schedule, compiled.text) if compiled.schedule else {},
+        changes=[],
     )
+
+
+def _changes(
+    what: What, model: configs.ModelConfig, layout: Layout, memory: aot.Memory
+) -> list[str]:
+    compute, train, found = layout.config.compute, model.train, []
+    if memory.arguments > memory.capacity // 2:
+        share = memory.arguments / memory.capacity
+        found.append(
+            "split weights and moments over more devices (arguments are "
+            f"{share:.0%} of the memory): "
+            "a larger fsdp axis, [layout.optimizer], or a larger slice"
+        )
+    if what == "train-step" and compute.remat == "none":
+        found.append('keep less for the backward: [compute] remat = "full"')
+    if what == "train-step" and compute.layers == "unroll":
+        found.append('let layers share their buffers: [compute] layers = "scan"')
+    if train.dtype == "float32":
+        found.append('compute in half the bytes: --dtype bfloat16, [train] dtype = "bfloat16"')
+    if compute.dispatch == "einsum":
+        found.append('leave out the masks: [compute] dispatch = "gather"')
+    now = f"now {train.batch_size} x {train.seq_len}"
+    if what == "train-step":
+        now = f"or [train] accumulate = {2 * train.accumulate}; {now}"
+    found.append(f"take fewer tokens at a time: --batch, --seq, {now}")
+    return found
 
 
 def _sent(report: timeline.Report) -> list[Sent]:
