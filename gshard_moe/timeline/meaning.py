@@ -6,7 +6,8 @@ The program's text says it; without the text, the name has to do.
 import re
 from typing import Literal, NamedTuple
 
-from gshard_moe.timeline.hlo import Instruction, Module
+from gshard_moe.timeline.collective_in import collective_in
+from gshard_moe.timeline.hlo import Module
 from gshard_moe.timeline.machine import KINDS
 from gshard_moe.timeline.program import Role
 from gshard_moe.timeline.scopes import scope
@@ -22,7 +23,6 @@ _NCCL = {
     **{"AllToAll": "all-to-all", "Broadcast": "collective-broadcast", "SendRecv": "send-recv"},
 }
 _KERNEL = re.compile(rf"nccl\w*?({'|'.join(_NCCL)})")
-_HOLDS_ONE = ("async-start", "call-start", "custom-call-start", "fusion")
 
 
 class Meaning(NamedTuple):
@@ -53,21 +53,11 @@ def meanings(module: Module) -> dict[str, Meaning]:
             if begun and part in ("update", "done"):
                 made[instruction.name] = begun._replace(part=part)
                 continue
-            inner = _held(module, instruction)
+            inner, _ = collective_in(module, instruction, computation)
             kind, where = _parted(inner.opcode)[0], scope(inner.op_name or instruction.op_name)
             role = _role(kind, part)
             made[instruction.name] = Meaning(role, kind, part, instruction.name, where)
     return made
-
-
-def _held(module: Module, instruction: Instruction) -> Instruction:
-    """Returns the collective that an asynchronous call or a fusion holds, else itself."""
-    if instruction.opcode in _HOLDS_ONE:
-        for name in instruction.called("calls", "to_apply"):
-            for inner in module.computations[name].instructions:
-                if _parted(inner.opcode)[0] in KINDS:
-                    return inner
-    return instruction
 
 
 def guessed(op: str) -> Meaning:

@@ -16,6 +16,7 @@ import re
 from gshard_moe.hardware import Chip
 from gshard_moe.timeline import costs, hlo, loops, machine, scopes
 from gshard_moe.timeline import groups as groups_
+from gshard_moe.timeline.collective_in import collective_in
 from gshard_moe.timeline.hlo import Computation, Instruction, Module, TextError
 from gshard_moe.timeline.machine import LinkModel, Machine, Transfer
 from gshard_moe.timeline.program import COMPUTE, Operation, Program, Step
@@ -29,8 +30,6 @@ _FREE = {
 _NO_ESTIMATE = 2**62
 # Custom calls that only say something of memory: a buffer is there, indices are in bounds.
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound")
-# Instructions that may be there for the collective that they call.
-_WRAPPERS = ("async-start", "call-start", "custom-call-start", "fusion", "fusion-start")
 _SPARSE_CORE = "sparsecore"
 _HBM = "hbm"
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
@@ -224,7 +223,7 @@ class _Translation:
     # ---------------------------------------------------------------- prices
 
     def _operation(self, instruction: Instruction) -> Operation:
-        inside, within = _wrapped(self.reader.module, instruction, self.computation)
+        inside, within = collective_in(self.reader.module, instruction, self.computation)
         kind = inside.opcode.removesuffix("-start")
         if kind in machine.KINDS:
             return self._collective(instruction, inside, within, kind)
@@ -300,20 +299,6 @@ class _Translation:
         if cycles is None:
             return memory, flops, False
         return (cycles if flops else min(cycles, memory)), flops, False
-
-
-def _wrapped(
-    module: Module, instruction: Instruction, within: Computation
-) -> tuple[Instruction, Computation]:
-    """Returns the collective that an asynchronous call or a fusion holds, else itself."""
-    if instruction.opcode in _WRAPPERS:
-        for name in instruction.called("calls", "to_apply", "called_computations"):
-            inside = module.computations[name]
-            for inner in inside.instructions:
-                found, where = _wrapped(module, inner, inside)
-                if found.opcode.removesuffix("-start") in machine.KINDS:
-                    return found, where
-    return instruction, within
 
 
 def _target(instruction: Instruction) -> str:

@@ -1,7 +1,7 @@
 """Replays a program: the core takes its steps in order; links and other units work beside it.
 
 Each resource does one thing at a time, in the order in which it is asked. A loop's iterations are
-alike: one is replayed, unless something is in flight while the loop runs.
+alike, and one is replayed for all of them, once nothing is in flight from before the loop.
 """
 
 import collections
@@ -137,14 +137,17 @@ def _play(program: Program, clock: _Clock, *, times: int) -> None:
 
 def _loop(step: Step, clock: _Clock, *, times: int) -> None:
     (body,) = step.bodies
-    if clock.flying and not clock.each_once:
-        for _ in range(step.trips):
-            _play(body, clock, times=times)
-    elif step.trips:
+    left = step.trips
+    while left:
+        # Once nothing from before is in flight, all iterations that are left are alike.
+        alike = left
+        if not clock.each_once and any(end > clock.now for end in clock.free.values()):
+            alike = 1
         begin = clock.now
-        _play(body, clock, times=times * step.trips)
+        _play(body, clock, times=times * alike)
         if not clock.each_once:
-            clock.now = begin + (clock.now - begin) * step.trips
+            clock.now = begin + (clock.now - begin) * alike
+        left -= alike
 
 
 def _branch(step: Step, clock: _Clock, *, times: int) -> None:
