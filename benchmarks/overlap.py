@@ -174,7 +174,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Compiles, prints, stores."""
-    aot.platform_alone()
+    aot.compile_only()
     options = tyro.cli(Options, description=__doc__)
     where = report.setting("libtpu")
     print(report.headline(where), flush=True)

@@ -31,7 +31,7 @@ from gshard_moe import Layout, aot, load_model
 from gshard_moe.timeline import draw
 from gshard_moe.train.study import study
 
-aot.platform_alone()
+aot.compile_only()
 
 # %% [markdown]
 # The model card says what is computed. The sharding card says how: here tokens and experts are both

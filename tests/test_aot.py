@@ -142,10 +142,10 @@ def test_without_the_compiler(name: str, module: str, extra: str, find, monkeypa
         aot.cluster(name)
 
 
-def test_platform_alone_keeps_what_is_set(tmp_path: pathlib.Path):
+def test_compile_only_keeps_what_is_set(tmp_path: pathlib.Path):
     """In a process of its own: the CPU only, and libtpu quiet unless somebody said otherwise."""
     program = (
-        "import os, jax; from gshard_moe import aot; aot.platform_alone();"
+        "import os, jax; from gshard_moe import aot; aot.compile_only();"
         "print(jax.devices()[0].platform, os.environ['TPU_SKIP_MDS_QUERY'],"
         " os.environ['TPU_LOG_DIR'], len(aot.cluster('v5p:2x2x1').devices))"
     )

@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import integer_case
 import jax
 import jax.numpy as jnp
@@ -112,12 +113,18 @@ def test_a_mixed_mesh_is_refused_with_the_call_to_make():
         moe(CASE.weights, x_BLM, CONFIG)
 
 
-@pytest.mark.parametrize("with_layout", [True, False], ids=["layout", "no layout"])
 @pytest.mark.parametrize("kinds", [(AxisType.Auto,), ()], ids=["auto", "make_mesh"])
-def test_inside_shard_map_with_a_manual_axis(kinds, with_layout):
+def test_chunks_in_a_mesh_that_is_set(kinds):
+    with jax.set_mesh(mesh_for("expert_data", *kinds)):
+        check(cases.layout("expert_data", chunks=2))
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 2], ids=["no layout", "layout", "chunks"])
+@pytest.mark.parametrize("kinds", [(AxisType.Auto,), ()], ids=["auto", "make_mesh"])
+def test_inside_shard_map_with_a_manual_axis(kinds, chunks):
     """Each part of the batch is on its own, over `data`; XLA splits it over `expert`."""
     mesh = mesh_for("expert_data", *kinds)
-    layout = Layout.load("expert_data", mesh=mesh) if with_layout else None
+    layout = cases.layout("expert_data", mesh=mesh, chunks=chunks) if chunks else None
     batch = integer_case.Case(
         weights=jax.tree.map(lambda _: P(), CASE.weights),
         x_BLM=P("data"),

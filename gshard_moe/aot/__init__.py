@@ -1,6 +1,6 @@
 """Ahead of time: programs compiled for clusters that nobody has at hand."""
 
-from gshard_moe.aot.cluster import Cluster, ClusterError, cluster, platform_alone
+from gshard_moe.aot.cluster import Cluster, ClusterError, cluster, compile_only
 from gshard_moe.aot.compile import Compiled, CompileError, Memory, compile_lowered
 from gshard_moe.aot.jit import JitWithOptions, jit
 from gshard_moe.aot.options import OPTIONS, Option, compiler_options, generation_of
@@ -19,5 +19,5 @@ __all__ = [
     "compiler_options",
     "generation_of",
     "jit",
-    "platform_alone",
+    "compile_only",
 ]

@@ -72,7 +72,7 @@ class Cluster:
         return Machine(self.chip, coords, islands, (closed,) * len(coords[0]))
 
 
-def platform_alone() -> None:
+def compile_only() -> None:
     """Asks JAX, before it looks for devices, for the CPU only, and libtpu for quiet.
 
     For a process that compiles and runs nothing on an accelerator.
@@ -83,7 +83,7 @@ def platform_alone() -> None:
 
 
 def cluster(name: str, *, slices: int = 1, chip: str | os.PathLike[str] | None = None) -> Cluster:
-    """Describes a cluster.
+    """Describes a cluster; a process that only compiles calls `compile_only` before.
 
     Args:
       name: `GENERATION:AxBxC` of TPUs, `CHIP:NODESxGPUS` of GPUs.

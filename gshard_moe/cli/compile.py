@@ -58,7 +58,7 @@ def compile(
         pictures.check(path)
     if dump is not None:
         pictures.check_folder(dump)
-    aot.platform_alone()
+    aot.compile_only()
     config = cards.load_model(model)
     sizes = {"batch_size": batch, "seq_len": seq, "dtype": dtype}
     given = {name: value for name, value in sizes.items() if value is not None}

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gshard_moe.experts import ROLES, ExpertWeights, Use
+from gshard_moe.layout import sizes
 
 _GATHERED = "gathered expert weights"
 
@@ -69,13 +70,9 @@ def cut(chunks: int, *, num_experts: int, capacity: int, parts: int) -> Cut:
     local = num_experts // parts
     if chunks <= local:
         return Cut(_sizes(local, chunks), parts)
-    if chunks <= capacity:
-        return Cut(_sizes(capacity, chunks), 0)
-    raise ValueError(
-        "exchange.chunks: must be at most a device's experts, or the slots of an expert in a group "
-        f"(C); got chunks={chunks}, experts on a device={local}, C={capacity}; use fewer chunks or "
-        "larger groups"
-    )
+    if fault := sizes.chunk_fault(chunks, local, capacity):
+        raise ValueError(fault)
+    return Cut(_sizes(capacity, chunks), 0)
 
 
 def split(

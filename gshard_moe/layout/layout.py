@@ -323,16 +323,9 @@ class Layout:
 
     def _chunk_faults(self, num_experts: int, capacity: int) -> list[str]:
         """Says if slots are to be cut into more chunks than there are."""
-        chunks = self.config.exchange.chunks
         parts = math.prod(self.axis_sizes[axis] for axis in self.axes_of("slots_wire", "E"))
-        local = num_experts // parts
-        if chunks <= max(local, capacity):
-            return []
-        return [
-            "exchange.chunks: must be at most a device's experts, or the slots of an expert in a "
-            f"group (C); got chunks={chunks}, experts on a device={local}, C={capacity}; use fewer "
-            "chunks or larger groups"
-        ]
+        fault = sizes.chunk_fault(self.config.exchange.chunks, num_experts // parts, capacity)
+        return [fault] if fault else []
 
     def _ragged_faults(self) -> list[str]:
         if self.config.compute.dispatch != "ragged":

@@ -83,3 +83,14 @@ def misfits(model: config.ModelConfig, sizes: Mapping[str, int], source: str) ->
             f"tokens={batch * length}, group_size={moe.group_size} ({source})"
         )
     return faults
+
+
+def chunk_fault(chunks: int, local_experts: int, capacity: int) -> str:
+    """Says if slots are to be cut into more chunks than there are; empty if not."""
+    if chunks <= max(local_experts, capacity):
+        return ""
+    return (
+        "exchange.chunks: must be at most a device's experts, or the slots of an expert in a group "
+        f"(C); got chunks={chunks}, experts on a device={local_experts}, C={capacity}; use fewer "
+        "chunks or larger groups"
+    )
