@@ -9,27 +9,14 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from schedules import TPU
 
-from gshard_moe.hardware import Chip, Link
+from gshard_moe.hardware import Link
 from gshard_moe.timeline.machine import KINDS, MODELS, LinkModel, Machine, farthest
 
 B = 800e6
 MS = 1e-3
-TORUS = Chip(
-    platform="tpu",
-    peak_tflops=100.0,
-    float32_share=1.0,
-    hbm_gib=16.0,
-    hbm_gb_per_s=1000.0,
-    clock_mhz=1000.0,
-    devices_per_chip=1,
-    kernel_efficiency=0.5,
-    fabric="torus",
-    wrap_multiple=4,
-    largest=(),
-    link=Link(gb_per_s=100.0, latency_us=0.0),
-    network=Link(gb_per_s=10.0, latency_us=10.0),
-)
+TORUS = dataclasses.replace(TPU, wrap_multiple=4)
 NODE = dataclasses.replace(
     TORUS, platform="gpu", fabric="switch", link=Link(gb_per_s=100.0, latency_us=10.0)
 )
