@@ -101,21 +101,22 @@ def cluster(name: str, *, slices: int = 1, chip: str | os.PathLike[str] | None =
         )
     if slices < 1:
         raise ClusterError(f"slices: must be positive; got slices={slices}")
-    figures = cards.load_chip(chip or generation)
-    expected = cards.load_chip(generation).platform
-    if figures.platform != expected:
+    own = cards.load_chip(generation)
+    figures = own if chip is None else cards.load_chip(chip)
+    if figures.platform != own.platform:
         raise ClusterError(
-            f"chip: must be of platform {expected!r} for {name!r}; got {figures.platform!r}"
+            f"chip: must be of platform {own.platform!r} for {name!r}; got {figures.platform!r}"
         )
     dims = tuple(int(size) for size in shape.split("x"))
-    _check_there_is(name, generation, dims)
-    describe = _tpu if expected == "tpu" else _gpu
+    _check_there_is(name, generation, dims, own.largest)
+    describe = _tpu if own.platform == "tpu" else _gpu
     return describe(name, generation, figures, dims, slices)
 
 
-def _check_there_is(name: str, generation: str, dims: tuple[int, ...]) -> None:
+def _check_there_is(
+    name: str, generation: str, dims: tuple[int, ...], largest: tuple[int, ...]
+) -> None:
     """Refuses a slice larger than any, or with other dims, which a compiler may well take."""
-    largest = cards.load_chip(generation).largest
     if not largest:
         return
     pairs = zip(sorted(dims), largest, strict=False)

@@ -12,6 +12,7 @@ from rich.table import Table
 from gshard_moe import aot, cards
 from gshard_moe.cli import pictures
 from gshard_moe.cli.sizes import shown_bytes, shown_seconds
+from gshard_moe.cli.train import TrainFlags
 from gshard_moe.layout import Layout
 from gshard_moe.train.lowered import What
 from gshard_moe.train.study import Study, study
@@ -59,10 +60,7 @@ def compile(
     if dump is not None:
         pictures.check_folder(dump)
     aot.compile_only()
-    config = cards.load_model(model)
-    sizes = {"batch_size": batch, "seq_len": seq, "dtype": dtype}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
+    config = TrainFlags(batch=batch, seq=seq, dtype=dtype).apply(cards.load_model(model))
     layout = Layout.load(sharding, mesh=mesh)
     cluster = aot.cluster(topology, slices=slices, chip=chip)
     source = cards.source_of("models", model)

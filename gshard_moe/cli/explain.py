@@ -1,6 +1,5 @@
 """`gshard-moe explain`."""
 
-import dataclasses
 import json as json_format
 import math
 
@@ -9,6 +8,7 @@ from rich.table import Table
 
 from gshard_moe import cards
 from gshard_moe.cli.sizes import shown_bytes
+from gshard_moe.cli.train import TrainFlags
 from gshard_moe.layout import Layout
 from gshard_moe.layout.traffic import Collective
 from gshard_moe.train import inventory, traffic
@@ -38,10 +38,7 @@ def explain(
       seq: Tokens in a sequence.
       json: Print for programs; bytes of a collective are what one device sends in a step.
     """
-    config = cards.load_model(model)
-    sizes = {"batch_size": batch, "seq_len": seq}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
+    config = TrainFlags(batch=batch, seq=seq).apply(cards.load_model(model))
     layout = Layout.load(sharding, mesh=mesh)
     shape = layout.config.mesh.shape
     if devices is None:

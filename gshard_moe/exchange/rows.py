@@ -168,15 +168,15 @@ def _by_loops(
     """Runs the experts' network, expert by expert, whole: see `experts.over_experts`."""
     split_rows = P(_axes(layout, "groups", "G"))
     hidden = _axes(layout, "rows_hidden", "H")
-    roles = {
-        "in_EMH": ("expert_in", P(None, None, hidden)),
-        "gate_EMH": ("expert_in", P(None, None, hidden)),
-        "in_bias_EH": ("expert_in_bias", P(None, hidden)),
-        "gate_bias_EH": ("expert_in_bias", P(None, hidden)),
-        "out_EHM": ("expert_out", P(None, hidden)),
+    split_of = {
+        "in_EMH": P(None, None, hidden),
+        "gate_EMH": P(None, None, hidden),
+        "in_bias_EH": P(None, hidden),
+        "gate_bias_EH": P(None, hidden),
+        "out_EHM": P(None, hidden),
     }
     partial_over = _free(layout, hidden)
-    held = {name: w for name in roles if (w := getattr(weights, name)) is not None}
+    held = {name: w for name in split_of if (w := getattr(weights, name)) is not None}
 
     def network(own: dict[str, jax.Array], x_TM: jax.Array) -> jax.Array:
         return experts.of_one_expert(ExpertWeights(**own), x_TM, config)
@@ -188,8 +188,8 @@ def _by_loops(
     # Gathered for this use and not kept: see `experts.linear`.
     @jax.checkpoint
     def gathered(x_RM: jax.Array, held: dict[str, jax.Array], count_DE: jax.Array) -> jax.Array:
-        used = {name: use(roles[name][0], w.astype(x_RM.dtype)) for name, w in held.items()}
-        specs = split_rows, {name: roles[name][1] for name in held}, split_rows
+        used = {name: use(experts.ROLES[name], w.astype(x_RM.dtype)) for name, w in held.items()}
+        specs = split_rows, {name: split_of[name] for name in held}, split_rows
         return _differentiably(layout, run, specs, split_rows)(x_RM, used, count_DE)
 
     ys_RM = gathered(xs_RM, held, found.count_E)

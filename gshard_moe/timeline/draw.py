@@ -17,7 +17,7 @@ from gshard_moe.timeline.lanes import (
     Lanes,
     colour,
     in_legend_order,
-    lanes,
+    lanes_of,
     legend,
 )
 from gshard_moe.timeline.program import COMPUTE, Program
@@ -52,9 +52,7 @@ def figure(programs: Mapping[str, Program]) -> Figure:
     Raises:
       ValueError: if there is none.
     """
-    if not programs:
-        raise ValueError("programs must hold at least one; got none")
-    shown = {title: lanes(program) for title, program in programs.items()}
+    shown = lanes_of(programs)
     whole = max(one.seconds for one in shown.values())
     scale, unit = _unit(whole)
     rows = [len(one.busy) + bool(one.loops) for one in shown.values()]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gshard_moe.timeline.program import COMPUTE, Operation, Program
@@ -54,6 +54,17 @@ class Lanes:
     busy: dict[str, list[Interval]]
     stalls: list[Interval]
     loops: list[Loop]
+
+
+def lanes_of(programs: Mapping[str, Program]) -> dict[str, Lanes]:
+    """Returns the lanes of each program, by title.
+
+    Raises:
+      ValueError: if there is no program.
+    """
+    if not programs:
+        raise ValueError("programs must hold at least one; got none")
+    return {title: lanes(program) for title, program in programs.items()}
 
 
 def lanes(program: Program) -> Lanes:

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 from gshard_moe.timeline.lanes import (
     HATCHED,
+    Lanes,
     colour,
     in_legend_order,
-    lanes,
+    lanes_of,
     legend,
 )
 from gshard_moe.timeline.page_canvas import LANES
@@ -34,9 +35,9 @@ def page(programs: Mapping[str, Program]) -> str:
     Raises:
       ValueError: if there is none.
     """
-    if not programs:
-        raise ValueError("programs must hold at least one; got none")
-    shown = {title: _program(title, program) for title, program in programs.items()}
+    shown = {
+        title: _program(title, programs[title], one) for title, one in lanes_of(programs).items()
+    }
     rows = [lane["bars"] for one in shown.values() for lane in one["lanes"]]
     entries = {bar["entry"] for bars in rows for bar in bars}
     data = {
@@ -56,8 +57,8 @@ def embedded(data: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _program(title: str, program: Program) -> dict:
-    shown, found = lanes(program), report(program)
+def _program(title: str, program: Program, shown: Lanes) -> dict:
+    found = report(program)
     rows = {name: [_bar(i) for i in intervals] for name, intervals in shown.busy.items()}
     rows[COMPUTE] += [_bar(stall) for stall in shown.stalls]
     return {

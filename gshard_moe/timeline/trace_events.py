@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
-from gshard_moe.timeline.lanes import EXPOSED, lanes, legend
+from gshard_moe.timeline.lanes import EXPOSED, lanes_of, legend
 from gshard_moe.timeline.program import COMPUTE, Program
 from gshard_moe.timeline.replay import Interval
 
@@ -30,11 +30,8 @@ def trace(programs: Mapping[str, Program]) -> str:
     Raises:
       ValueError: if there is none.
     """
-    if not programs:
-        raise ValueError("programs must hold at least one; got none")
     events: list[dict[str, object]] = []
-    for process, (title, program) in enumerate(programs.items(), 1):
-        shown = lanes(program)
+    for process, (title, shown) in enumerate(lanes_of(programs).items(), 1):
         events += _named("process", title, process, 0)
         exposed = [stall for stall in shown.stalls if legend(stall) == EXPOSED]
         rows = [(COMPUTE, shown.busy[COMPUTE]), (STALL, shown.stalls)]
