@@ -151,12 +151,13 @@ class ExchangeConfig(Checked):
     """How tokens meet experts.
 
     Attributes:
-      tokens: `spmd`: annotations, from which XLA's partitioner makes the all-to-all (GShard).
+      tokens: `spmd`: annotations, from which XLA's partitioner makes the all-to-all (GShard);
+        `all_to_all`: the same by `shard_map`.
       chunks: into how many pieces the slots are cut, so that one travels while another is computed:
         by expert where a device has as many, else by capacity. The function is the same.
     """
 
-    tokens: Literal["spmd"] = "spmd"
+    tokens: Literal["spmd", "all_to_all"] = "spmd"
     chunks: int = 1
 
     def _check(self, faults: Faults) -> None:

@@ -1,7 +1,8 @@
 """How tokens meet experts; every member computes the same function."""
 
+from gshard_moe.exchange.all_to_all import carry as all_to_all
 from gshard_moe.exchange.collectives import collectives, of_weight
 from gshard_moe.exchange.rows import exchange as rows
 from gshard_moe.exchange.spmd import exchange as spmd
 
-__all__ = ["collectives", "of_weight", "rows", "spmd"]
+__all__ = ["all_to_all", "collectives", "of_weight", "rows", "spmd"]

@@ -10,7 +10,7 @@ G groups, S tokens, E experts, C slots, M model width.
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jaxtyping import Array, Float, Key
@@ -37,6 +37,7 @@ def exchange(
     chunks: int = 1,
     fewer: bool = False,
     expert_parts: int = 1,
+    carry: Callable[[jax.Array, ExpertWeights], jax.Array] | None = None,
 ) -> Float[Array, "G S M"]:
     """Takes tokens to their experts and back.
 
@@ -52,6 +53,7 @@ def exchange(
       chunks: into how many pieces the slots are cut, to travel while others are computed.
       fewer: takes fewer where there cannot be as many.
       expert_parts: into how many parts E is split on the wire.
+      carry: takes the slots to their experts and back, otherwise than by annotations.
     Returns:
       The weighted sum of each token's served experts.
     Raises:
@@ -69,6 +71,10 @@ def exchange(
     else:
         xs_EGCM = gather.dispatch(x_GSM, slots)
         combine = functools.partial(gather.combine, slots=slots)
+    if carry is not None:
+        ys_EGCM = carry(constrain("slots_source", xs_EGCM), weights)
+        with jax.named_scope("combine"):
+            return combine(constrain("slots_source", ys_EGCM))
     num_experts, _, capacity, _ = xs_EGCM.shape
     if fewer:
         chunks = min(

@@ -279,6 +279,9 @@ def _moe(
             chunks=1 if layout is None else layout.config.exchange.chunks,
             fewer=not train,  # sampling has groups of a few tokens
             expert_parts=_parts(layout, "slots_wire", "E"),
+            carry=None
+            if layout is None or layout.config.exchange.tokens == "spmd"
+            else functools.partial(exchange.all_to_all, config=config, layout=layout),
             **common,
         )
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))
