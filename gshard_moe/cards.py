@@ -260,8 +260,9 @@ def _read_table[T](cls: type[T], table: dict[str, Any]) -> T:
 
 def _value(hint: Any, value: Any) -> Any:
     """Gives a TOML value the form of its field; whether it fits, the dataclass says."""
-    if isinstance(hint, types.UnionType):  # only `X | None`; TOML has no null
-        (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    given = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    if isinstance(hint, types.UnionType) and len(given) == 1:  # `X | None`; TOML has no null
+        (hint,) = given
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
         try:
             return _read_table(typing.cast(type, hint), value)

@@ -148,20 +148,58 @@ class LayoutConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExchangeConfig(Checked):
-    """How tokens meet experts.
+    """How tokens meet experts: one family, of which every member computes the same function.
+
+    The devices of the expert axes are groups of `fetch`: tokens cross from group to group, and the
+    weights of a group's experts are shared inside it.
 
     Attributes:
       tokens: `spmd`: annotations, from which XLA's partitioner makes the all-to-all (GShard);
-        `all_to_all`: the same by `shard_map`.
-      chunks: into how many pieces the slots are cut, so that one travels while another is computed:
-        by expert where a device has as many, else by capacity. The function is the same.
+        `all_to_all`: the same by `shard_map`; `ragged`: rows instead of slots, so that what is not
+        used is not sent (dropless).
+      fetch: devices of a group. 1: experts stay; all devices of the expert axes: tokens stay
+        (Janus). `auto`: what sends the fewest bytes, see `exchange.choose`.
+      weights: how a group shares them: `ring`: each device hands them on, and computes meanwhile;
+        `gather`: at once.
+      prefetch: of a ring: how many devices' weights are on their way while one's are used.
+      chunks: into how many pieces the slots are cut, so that one travels while another is computed.
+      chunk_by: `expert`, `capacity`, or `auto`: by expert where a device has as many.
+      links: `any`, or `one`: tokens' all-to-all and the tensor-parallel gathers and sums take
+        turns.
+      levels: two axes that E is split over, the slower links' first: tokens travel between the
+        first's devices once, however many of their experts are there.
     """
 
-    tokens: Literal["spmd", "all_to_all"] = "spmd"
+    tokens: Literal["spmd", "all_to_all", "ragged"] = "spmd"
+    fetch: int | Literal["auto"] = 1
+    weights: Literal["ring", "gather"] = "ring"
+    prefetch: int = 1
     chunks: int = 1
+    chunk_by: Literal["auto", "expert", "capacity"] = "auto"
+    links: Literal["any", "one"] = "any"
+    levels: tuple[str, ...] = ()
 
     def _check(self, faults: Faults) -> None:
-        faults.positive("chunks")
+        faults.positive("chunks", "prefetch")
+        faults.require(
+            "fetch", ("fetch",), lambda: self.fetch == "auto" or self.fetch > 0, "must be positive"
+        )
+        faults.require(
+            "levels",
+            ("levels",),
+            lambda: len(self.levels) in (0, 2) and len(set(self.levels)) == len(self.levels),
+            "must be none, or two axes, the slower links' first",
+        )
+        of_shard_map = {"fetch": 1, "levels": (), "links": "any"}
+        for key, default in of_shard_map.items():
+            faults.require(
+                key,
+                ("tokens", key),
+                lambda key=key, default=default: (
+                    self.tokens != "spmd" or getattr(self, key) == default
+                ),
+                f'must be {shown(default)} with tokens = "spmd", whose collectives XLA chooses',
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,5 +216,17 @@ class ShardingConfig(Checked):
             "exchange.chunks",
             ("exchange", "compute"),
             lambda: self.exchange.chunks == 1 or self.compute.dispatch != "ragged",
-            'must be 1 with compute.dispatch = "ragged": its rows are not exchanged',
+            'must be 1 with compute.dispatch = "ragged": its rows are not cut',
+        )
+        faults.require(
+            "exchange.tokens",
+            ("exchange", "compute"),
+            lambda: (self.exchange.tokens == "ragged") <= (self.compute.dispatch == "ragged"),
+            'as "ragged" needs compute.dispatch = "ragged", which makes rows',
+        )
+        faults.require(
+            "exchange.tokens",
+            ("exchange", "compute"),
+            lambda: self.exchange.tokens != "all_to_all" or self.compute.dispatch != "ragged",
+            'as "all_to_all" needs slots: use compute.dispatch = "gather", or tokens = "ragged"',
         )
