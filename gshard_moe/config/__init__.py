@@ -13,6 +13,7 @@ from gshard_moe.config.moe import Activation, MoEConfig, Priority, Renormalize, 
 from gshard_moe.config.presets import PRESETS
 from gshard_moe.config.presets import fields as preset_fields
 from gshard_moe.config.sharding import (
+    ChunkBy,
     ComputeConfig,
     Dispatch,
     ExchangeConfig,
@@ -26,6 +27,7 @@ from gshard_moe.config.sharding import (
 
 __all__ = [
     "Activation",
+    "ChunkBy",
     "ComputeConfig",
     "ConfigError",
     "Dispatch",

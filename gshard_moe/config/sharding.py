@@ -11,6 +11,7 @@ from gshard_moe.config.checked import Checked, ConfigError, Faults, shown
 Dispatch = Literal["gather", "einsum", "ragged"]
 GroupedMatmulBackend = Literal["loops", "ragged_dot", "tokamax"]
 GroupedMatmul = Literal["auto", GroupedMatmulBackend]
+ChunkBy = Literal["auto", "expert", "capacity"]
 Remat = Literal[
     "none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"
 ]
@@ -175,7 +176,7 @@ class ExchangeConfig(Checked):
     weights: Literal["ring", "gather"] = "ring"
     prefetch: int = 1
     chunks: int = 1
-    chunk_by: Literal["auto", "expert", "capacity"] = "auto"
+    chunk_by: ChunkBy = "auto"
     links: Literal["any", "one"] = "any"
     levels: tuple[str, ...] = ()
 

@@ -46,6 +46,21 @@ def combine(ys_EGCM: Float[Array, "E G C M"], slots: Slots) -> Float[Array, "G S
     return fetch_slots(ys_GXM, slots.gate_GSK, token_GX, slots.slot_GSK)
 
 
+def gates(slots: Slots) -> Float[Array, "E G C"]:
+    """Returns the gate of the choice in each slot; 0 for an empty one."""
+    num_groups, num_experts, capacity = slots.token_GEC.shape
+    token_GX = slots.token_GEC.reshape(num_groups, -1)
+    gate_GX = fetch_gates(slots.gate_GSK, token_GX, slots.slot_GSK)
+    return gate_GX.reshape(num_groups, num_experts, capacity).swapaxes(0, 1)
+
+
+def add(ys_EGCM: Float[Array, "E G C M"], slots: Slots) -> Float[Array, "G S M"]:
+    """Sums each token's served choices, which are weighted already; else as `combine`."""
+    num_experts, num_groups, capacity, _ = ys_EGCM.shape
+    ys_GXM = ys_EGCM.swapaxes(0, 1).reshape(num_groups, num_experts * capacity, -1)
+    return add_slots(ys_GXM, slots.token_GEC.reshape(num_groups, -1), slots.slot_GSK)
+
+
 def _take(x_GAM: jax.Array, index_GX: jax.Array) -> jax.Array:
     """Takes rows `x[g, index[g, x]]`; a negative index gives zeros."""
     rows = jax.vmap(lambda x_AM, i: x_AM.at[i].get(mode="clip"))
@@ -141,3 +156,38 @@ def _gate_of_slot(gate_GSK: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array)
 
 
 fetch_slots.defvjp(_fetch_slots_forward, _fetch_slots_backward)
+
+
+@jax.custom_vjp
+def fetch_gates(gate_GSK: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array) -> jax.Array:
+    """Returns the gate of each slot [G, X]; 0 where `token_GX` is -1."""
+    return _gate_of_slot(gate_GSK, token_GX, slot_GSK)
+
+
+def _fetch_gates_forward(gate_GSK: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array) -> tuple:
+    return _gate_of_slot(gate_GSK, token_GX, slot_GSK), slot_GSK
+
+
+def _fetch_gates_backward(slot_GSK: jax.Array, dgate_GX: jax.Array) -> tuple:
+    dgate_GSK = _take(dgate_GX[..., None], slot_GSK.reshape(slot_GSK.shape[0], -1))
+    return dgate_GSK.reshape(slot_GSK.shape), None, None
+
+
+fetch_gates.defvjp(_fetch_gates_forward, _fetch_gates_backward)
+
+
+@jax.custom_vjp
+def add_slots(ys_GXM: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array) -> jax.Array:
+    """Returns the sum of each token's slots [G, S, M]."""
+    return _sum_of_slots(ys_GXM, None, token_GX, slot_GSK)
+
+
+def _add_slots_forward(ys_GXM: jax.Array, token_GX: jax.Array, slot_GSK: jax.Array) -> tuple:
+    return _sum_of_slots(ys_GXM, None, token_GX, slot_GSK), token_GX
+
+
+def _add_slots_backward(token_GX: jax.Array, dy_GSM: jax.Array) -> tuple:
+    return _take(dy_GSM, token_GX), None, None
+
+
+add_slots.defvjp(_add_slots_forward, _add_slots_backward)

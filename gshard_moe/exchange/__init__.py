@@ -1,6 +1,6 @@
 """How tokens meet experts; every member computes the same function."""
 
-from gshard_moe.exchange.all_to_all import carry as all_to_all
+from gshard_moe.exchange.all_to_all import exchange as all_to_all
 from gshard_moe.exchange.collectives import collectives, of_weight
 from gshard_moe.exchange.rows import exchange as rows
 from gshard_moe.exchange.spmd import exchange as spmd

@@ -1,156 +1,435 @@
-"""Exchange by hand: one `shard_map`, chunks of an all-to-all over a leading device axis (GShard).
+"""Exchange by hand: one `shard_map` in which tokens travel, or weights, or some of both.
 
 What XLA's partitioner makes of `spmd`'s annotations is written out here, so that nothing else can
-be made of them: a device cuts its slots by the device that has the experts, sends each its part,
-runs its own experts on what it gets, and sends it back. Chunks are unrolled; nothing orders them
-but their data: the compiler lets one travel while another is computed. With a hidden dim split over
-another axis (tensor parallelism) each of its devices sends a part of the model width, gathers the
-rest where it arrives, and its partial sums are scattered back before they return.
+be made of them: a device cuts its slots by the group that has the experts, sends each its part by
+an all-to-all over a leading device axis, computes what it gets and sends it back. In a group of
+more than one device the experts' weights go round in a ring, and each device computes with what it
+has while the next arrives. Pieces are unrolled; nothing orders them but their data (and, where
+links are to take turns, a barrier): the compiler lets one travel while another is computed.
 
-Weights are gathered inside, once, so that their gradients are summed over the chunks before they
-are scattered, once.
+The backward is written out too, so that it keeps no weights: they go round again, and the sums of
+their gradients travel with them until they are home (the memory does not grow with the experts that
+visit). Weight gradients are summed in float32, over all pieces, before they leave the device. Gates
+weigh the hidden layer where the experts are, so that their gradient needs no output again.
 
-D devices of the expert axes; e experts, g groups, m model width of a device.
-Source: GShard, arXiv 2006.16668, section 3.2; MindSpeed's pipe-experts.
+A groups of devices that tokens cross between, R devices of a ring, e experts that a device has at a
+step, g groups of tokens, C slots, m the model width that travels. See `part`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Key
 
 from gshard_moe import config as configs
 from gshard_moe import experts
 from gshard_moe import layout as layouts
+from gshard_moe.dispatch import Slots, einsum, gather
 from gshard_moe.exchange import chunks as chunking
+from gshard_moe.exchange.part import Part, Weights, vary
 from gshard_moe.experts import ROLES, ExpertWeights
 from gshard_moe.layout import Layout
 
-_GATHERED = "gathered expert weights"
 
-
-def carry(
-    xs_EGCM: jax.Array, weights: ExpertWeights, *, config: configs.MoEConfig, layout: Layout
-) -> jax.Array:
-    """Takes slots to their experts and back.
+def exchange(
+    x_GSM: Float[Array, "G S M"],
+    slots: Slots,
+    weights: ExpertWeights,
+    *,
+    config: configs.MoEConfig,
+    layout: Layout,
+    dropout_key_G: Key[Array, " G"] | None = None,
+    fewer: bool = False,
+) -> Float[Array, "G S M"]:
+    """Takes tokens and experts to each other, and the results back to the tokens.
 
     Args:
-      xs_EGCM: slots where their tokens are.
+      x_GSM: the tokens.
+      slots: who goes where.
       weights: of all experts, as stored.
       config: of the experts.
-      layout: on a mesh.
+      layout: on a mesh; its card says how.
+      dropout_key_G: a key for each group, where hidden units are dropped.
+      fewer: takes fewer chunks where there cannot be as many.
+    Returns:
+      The weighted sum of each token's served experts.
+    Raises:
+      ValueError: if there are more chunks than experts on a device and than slots.
     """
+    served_GSK = (slots.slot_GSK >= 0).astype(x_GSM.dtype)
+    gate_EGC = gather.gates(slots).astype(jnp.float32)
+    key_EGC2 = None
+    if dropout_key_G is not None:
+        key_EGC = experts.slot_keys(
+            dropout_key_G, slots.token_GEC, np.arange(config.num_experts), config.num_experts
+        )
+        key_EGC2 = jax.random.key_data(key_EGC)
+    if layout.config.compute.dispatch == "einsum":
+        mask_GSEC = layout.constrain("mask", einsum.mask(slots, served_GSK))
+        xs_EGCM = einsum.dispatch(x_GSM, mask_GSEC)
+        add: Callable = functools.partial(einsum.combine, mask_GSEC=mask_GSEC)
+    else:
+        xs_EGCM = gather.dispatch(x_GSM, slots)
+        add = functools.partial(gather.add, slots=slots)
+    xs_EGCM = layout.constrain("slots_source", xs_EGCM)
+    ys_EGCM = _carry(xs_EGCM, gate_EGC, key_EGC2, weights, config, layout, fewer=fewer)
+    with jax.named_scope("combine"):
+        return add(layout.constrain("slots_source", ys_EGCM))
+
+
+def _carry(
+    xs_EGCM: jax.Array,
+    gate_EGC: jax.Array,
+    key_EGC2: jax.Array | None,
+    weights: ExpertWeights,
+    config: configs.MoEConfig,
+    layout: Layout,
+    *,
+    fewer: bool,
+) -> jax.Array:
+    """Takes slots to their experts and back, forward and backward each in a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     mesh = layout.mesh() if mesh.empty else mesh
+    free = layouts.free_axes(mesh)
+    part = Part.of(layout, layout.config.exchange.fetch, free)
     held = {name: w for name, w in weights._asdict().items() if w is not None}
-    slots = P(*layout.spec("slots_source")[:-1], layout.axes_of("slots_wire", "M") or None)
-    specs = {name: layout.spec(ROLES[name]) for name in held}
-    run = functools.partial(_on_a_device, here=_Here.of(layout), config=config)
-    # Gathered weights are not kept for the backward, which gathers them again.
-    policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-    return jax.shard_map(
-        jax.checkpoint(run, policy=policy),
-        mesh=mesh,
-        in_specs=(slots, specs),
-        out_specs=slots,
-        axis_names=set(layouts.free_axes(mesh)),
-    )(xs_EGCM, held)
+    layer = _Layer(part, config, fewer)
+    slots_spec = P(None, part.groups or None, None, part.width or None)
+    extra_spec = P(None, part.groups or None)
+    held_spec = {n: layouts.free_spec(mesh, layout.spec(ROLES[n])) for n in held}
+    # What the backward needs of a device is a part of a leading dim.
+    of_device = P(part.axes or None)
+
+    def local(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        if not free:
+            return f
+        return jax.shard_map(
+            f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(free)
+        )
+
+    inputs = slots_spec, extra_spec, extra_spec, held_spec
+
+    @jax.custom_vjp
+    def run(xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> jax.Array:
+        return local(layer.outputs, inputs, slots_spec)(xs, gates, keys, held)
+
+    def forward(xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> tuple:
+        kept = local(layer.forward, inputs, (slots_spec, of_device))
+        ys, saved = kept(xs, gates, keys, held)
+        return ys, (saved, gates, keys, held)
+
+    def backward(saved: tuple, dys: jax.Array) -> tuple:
+        specs = of_device, extra_spec, extra_spec, held_spec, slots_spec
+        run = local(layer.backward, specs, (slots_spec, extra_spec, held_spec))
+        dxs, dgates, dheld = run(*saved, dys)
+        return dxs, dgates, None, dheld
+
+    run.defvjp(forward, backward)
+    return run(xs_EGCM, gate_EGC, key_EGC2, held)
+
+
+class _Piece(NamedTuple):
+    """What is computed at once.
+
+    Attributes:
+      x: tokens [A, e, g, c, M], where their experts are.
+      products: what goes into the activation.
+    """
+
+    x: jax.Array
+    products: list[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Here:
-    """The mesh axes that a layout splits things over; those to gather, by weight and dim."""
+class _Layer:
+    """One layer on one device."""
 
-    experts: tuple[str, ...]
-    width: tuple[str, ...]
-    hidden: tuple[str, ...]
-    gather: dict[str, tuple[tuple[int, tuple[str, ...]], ...]]
-    chunks: int
+    part: Part
+    config: configs.MoEConfig
+    fewer: bool
 
-    @classmethod
-    def of(cls, layout: Layout) -> "_Here":
-        gather = {}
-        for name, role in ROLES.items():
-            stored, used = layout.dims(role), layout.dims(role, "used")
-            pairs = enumerate(zip(stored, used, strict=True))
-            gone = [(i, tuple(a for a in s.axes if a not in u.axes)) for i, (s, u) in pairs]
-            gather[name] = tuple((i, axes) for i, axes in gone if axes)
-        return cls(
-            layout.axes_of("slots_wire", "E"),
-            layout.axes_of("slots_wire", "M"),
-            layout.axes_of("slots_hidden", "H"),
-            gather,
-            layout.config.exchange.chunks,
-        )
+    def outputs(self, xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> jax.Array:
+        return self.forward(xs, gates, keys, held)[0]
+
+    def forward(
+        self, xs_EgCm: jax.Array, gates: jax.Array, keys: Any, held: Weights
+    ) -> tuple[jax.Array, list[list[_Piece]]]:
+        """Returns the slots' outputs, and of each step and piece what the backward needs."""
+        part = self.part
+        xs = self._by_block(xs_EgCm)
+        gates, keys = self._extras(gates), self._extras(keys)
+        where = self._cut(xs)
+        blocks, ring = _Blocks(part, xs), _Ring(part, part.used(held, xs.dtype))
+        saved = []
+        for step in range(part.ring):
+            used = part.gathered(ring.next())
+            block = functools.partial(_split, where, block=part.at(step))
+            pieces, out = [], []
+            turns = _Turns(part)
+            arriving = _ahead(turns.go, block(xs))
+            sides = zip(arriving, block(gates), block(keys), _weights(where, used), strict=True)
+            for x, gate, key, own in sides:
+                products = self._products(x, own)
+                y = self._outputs(products, gate, own, key)
+                out.append(turns.back(ring.computed(y, len(out) + 1 == len(where.sizes))))
+                pieces.append(_Piece(x, products))
+            saved.append(pieces)
+            blocks.put(step, _joined(where, out))
+        return blocks.whole(xs_EgCm.shape), jax.tree.map(lambda x: x[None], saved)
+
+    def backward(
+        self,
+        saved: list[list[_Piece]],
+        gates: jax.Array,
+        keys: Any,
+        held: Weights,
+        dys_EgCm: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, Weights]:
+        """Returns the gradients of slots, gates and weights."""
+        part = self.part
+        saved = jax.tree.map(lambda x: x[0], saved)
+        dys = self._by_block(dys_EgCm)
+        keys = self._extras(keys)
+        gates, gates_back = jax.vjp(self._extras, gates)
+        use = functools.partial(part.used, dtype=dys.dtype)
+        own, held_back = jax.vjp(use, held)
+        where = self._cut(dys)
+        blocks, ring = _Blocks(part, dys), _Ring(part, own)
+        gate_blocks = _Blocks(part, gates)
+        total: Weights = {}
+        for step in range(part.ring):
+            used = jax.tree.map(lambda w: w.astype(jnp.float32), part.gathered(ring.next()))
+            block = functools.partial(_split, where, block=part.at(step))
+            out, dgates, dused = [], [], []
+            turns = _Turns(part)
+            arriving = _ahead(turns.go, block(dys))
+            sides = zip(
+                saved[step], arriving, block(gates), block(keys), _weights(where, used), strict=True
+            )
+            for (x, products), dy, gate, key, own_weights in sides:
+                of_inputs = {n: w for n, w in own_weights.items() if not n.startswith("out_")}
+                of_outputs = {n: w for n, w in own_weights.items() if n.startswith("out_")}
+                after = functools.partial(self._outputs, key=key)
+                dproducts, dgate, dw_out = jax.vjp(after, products, gate, of_outputs)[1](dy)
+                dx, dw_in = jax.vjp(self._products, x, of_inputs)[1](dproducts)
+                out.append(turns.back(ring.computed(dx, len(out) + 1 == len(where.sizes))))
+                dgates.append(dgate)
+                dused.append(dw_in | dw_out)
+            blocks.put(step, _joined(where, out))
+            gate_blocks.put(step, _joined(where, dgates))
+            mine = part.scattered(_joined_weights(where, dused))
+            total = jax.tree.map(jnp.add, part.handed_on(total), mine) if step else mine
+        if part.ring > 1:
+            total = part.handed_on(total)  # home
+        dgates = gates_back(gate_blocks.whole(gates.shape).reshape(gates.shape))[0]
+        (dheld,) = held_back({name: w.astype(dys.dtype) for name, w in total.items()})
+        return blocks.whole(dys_EgCm.shape), dgates, dheld
+
+    def _by_block(self, x_EgCX: jax.Array) -> jax.Array:
+        """Returns slots [A, R, e, g, C, ...]."""
+        part = self.part
+        return x_EgCX.reshape(part.across, part.ring, -1, *x_EgCX.shape[1:])
+
+    def _extras(self, extra: jax.Array | None) -> jax.Array | None:
+        """Sends what goes with slots, all of it at once: it is small."""
+        if extra is None:
+            return None
+        return vary(self.part.swap(self._by_block(extra)), self.part.axes)
+
+    def _cut(self, xs: jax.Array) -> chunking.Cut:
+        exchange = self.part.config
+        size = {"num_experts": xs.shape[2], "capacity": xs.shape[4], "parts": 1}
+        count = exchange.chunks
+        if self.fewer:
+            count = min(count, chunking.most(**size))
+        return chunking.cut(count, by=exchange.chunk_by, **size)
+
+    def _products(self, x: jax.Array, own: Weights) -> list[jax.Array]:
+        with jax.named_scope("expert"):
+            return experts.products(_named(own), x, self._form(None))
+
+    def _outputs(
+        self, products: list[jax.Array], gate: jax.Array, own: Weights, key: jax.Array | None
+    ) -> jax.Array:
+        with jax.named_scope("expert"):
+            form = self._form(key)
+            return experts.outputs(_named(own), products, self.config, form, gate)
+
+    def _form(self, key: jax.Array | None) -> experts.Form:
+        """Returns the form of slots [A, e, g, c, ...]; the hidden dim may be a part of it."""
+        hidden = self.part.hidden
+        parts, at = 1, 0
+        if hidden:
+            parts, at = jax.lax.axis_size(hidden), jax.lax.axis_index(hidden)
+
+        def multiply(role: str, x: jax.Array, *weights_EXY: jax.Array) -> list[jax.Array]:
+            return [_product(x, weight_EXY) for weight_EXY in weights_EXY]
+
+        def bias(role: str, bias_EX: jax.Array) -> jax.Array:
+            if role == "expert_out_bias" and hidden:  # once, in a sum over the hidden axes
+                bias_EX = jnp.where(at == 0, bias_EX, 0)
+            return bias_EX[None, :, None, None, :]
+
+        def drop(h: jax.Array) -> jax.Array:
+            assert key is not None
+            key_X = jax.random.wrap_key_data(key.reshape(-1, key.shape[-1]))
+            rows_XH = h.reshape(-1, h.shape[-1])
+            share = self.config.expert_dropout
+            return experts.dropped(rows_XH, key_X, share, parts=parts, at=at).reshape(h.shape)
+
+        return experts.Form(multiply, bias, lambda h: h, None if key is None else drop)
 
 
-def _on_a_device(
-    xs_EgCm: jax.Array, held: dict[str, jax.Array], *, here: _Here, config: configs.MoEConfig
-) -> jax.Array:
-    parts = jax.lax.axis_size(here.experts) if here.experts else 1
-    xs = xs_EgCm.reshape(parts, -1, *xs_EgCm.shape[1:])  # D e g C m
-    where = chunking.cut(here.chunks, num_experts=xs.shape[1], capacity=xs.shape[3], parts=1)
-    used = {name: _gathered(w, here.gather[name], xs.dtype) for name, w in held.items()}
-    dim = 1 if where.parts else 3
-    out = []
-    at = 0
-    for piece, size in zip(jax.lax.split(xs, where.sizes, axis=dim), where.sizes, strict=True):
-        own = used
-        if where.parts:
-            own = {n: jax.lax.slice_in_dim(w, at, at + size, axis=0) for n, w in used.items()}
-        at += size
-        out.append(_chunk(piece, own, here, config))
-    ys = jnp.concatenate(out, axis=dim) if len(out) > 1 else out[0]
-    return ys.reshape(-1, *ys.shape[2:])
+class _Ring:
+    """Weights that go round: a step's, and those on their way.
+
+    A barrier keeps the rest at home until a step is computed: without it the compiler sends all of
+    them at once, and keeps them.
+    """
+
+    def __init__(self, part: Part, own: Weights):
+        self._part = part
+        self._coming = [own]
+        self._left = part.ring - 1
+
+    def next(self) -> Weights:
+        """Returns this step's weights, and sends for more."""
+        while self._left and len(self._coming) <= self._part.config.prefetch:
+            self._coming.append(self._part.handed_on(self._coming[-1]))
+            self._left -= 1
+        return self._coming[0]
+
+    def computed(self, y: jax.Array, last: bool) -> jax.Array:
+        """Gives up this step's weights with its last result."""
+        if last:
+            self._coming.pop(0)
+            if self._left:
+                self._coming[-1], y = jax.lax.optimization_barrier((self._coming[-1], y))
+        return y
 
 
-def _gathered(
-    weight: jax.Array, dims: Sequence[tuple[int, tuple[str, ...]]], dtype: jnp.dtype
-) -> jax.Array:
-    weight = weight.astype(dtype)
-    for dim, axes in dims:
-        weight = jax.lax.all_gather(weight, axes, axis=dim, tiled=True)
-    # In float32, so that the chunks' gradients of a weight are summed in float32.
-    return checkpoint_name(weight.astype(jnp.float32), _GATHERED)
+class _Turns:
+    """Sends tokens to their experts and back; where links take turns, one after the other."""
 
+    def __init__(self, part: Part):
+        self._part = part
+        self._last: jax.Array | None = None
 
-def _chunk(
-    xs: jax.Array, used: dict[str, jax.Array], here: _Here, config: configs.MoEConfig
-) -> jax.Array:
-    """Takes one chunk [D, e, g, c, m] there and back."""
+    def go(self, x: jax.Array) -> jax.Array:
+        """Takes tokens, or gradients of outputs, to the experts."""
+        return self._done(self._part.whole(self._part.swap(self._turn(x))))
 
-    def swap(x: jax.Array) -> jax.Array:
-        if not here.experts:
+    def back(self, y: jax.Array) -> jax.Array:
+        """Takes outputs, or gradients of tokens, back."""
+        return self._done(self._part.swap(self._part.summed(self._turn(y))))
+
+    def _turn(self, x: jax.Array) -> jax.Array:
+        if self._last is None:
             return x
-        with jax.named_scope("exchange"):
-            return jax.lax.all_to_all(x, here.experts, split_axis=0, concat_axis=0)
+        return jax.lax.optimization_barrier((x, self._last))[0]
 
-    xs = swap(xs)
-    if here.width:
-        with jax.named_scope("exchange"):
-            xs = jax.lax.all_gather(xs, here.width, axis=4, tiled=True)
+    def _done(self, x: jax.Array) -> jax.Array:
+        if self._part.config.links == "one":
+            self._last = x
+        return x
 
-    def multiply(role: str, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-        weights = tuple(weight.astype(x.dtype) for weight in weights)
-        found = [jnp.einsum("degcx,exy->degcy", x, weight) for weight in weights]
-        if role == "expert_in" or not here.hidden:
-            return found
-        if not here.width:
-            return [jax.lax.psum(y, here.hidden) for y in found]
-        return [jax.lax.psum_scatter(y, here.width, scatter_dimension=4, tiled=True) for y in found]
 
-    def bias(role: str, bias_eX: jax.Array) -> jax.Array:
-        if role == "expert_out_bias" and here.width:  # the part of what is scattered
-            size = bias_eX.shape[1] // jax.lax.axis_size(here.width)
-            at = jax.lax.axis_index(here.width) * size
-            bias_eX = jax.lax.dynamic_slice_in_dim(bias_eX, at, size, axis=1)
-        return bias_eX[None, :, None, None, :]
+class _Blocks:
+    """Results [A, R, e, ...] of all steps, each in its place."""
 
-    with jax.named_scope("expert"):
-        form = experts.Form(multiply, bias, lambda h: h)
-        ys = experts.ffn(ExpertWeights(**used), xs, config, form)
-    return swap(ys)
+    def __init__(self, part: Part, like: jax.Array):
+        self._part = part
+        self._all: jax.Array | None = None
+        if part.ring > 1:
+            self._all = vary(jnp.zeros(like.shape, like.dtype), part.axes)
+
+    def put(self, step: int, result: jax.Array) -> None:
+        """Puts a step's result [A, e, ...]."""
+        if self._all is None:
+            self._all = result[:, None]
+        else:
+            at = self._part.at(step)
+            self._all = jax.lax.dynamic_update_slice_in_dim(self._all, result[:, None], at, axis=1)
+
+    def whole(self, shape: Sequence[int]) -> jax.Array:
+        """Returns all of them."""
+        assert self._all is not None
+        return self._all.reshape(shape)
+
+
+def _ahead(go: Callable[[jax.Array], jax.Array], pieces: list[jax.Array]) -> Iterator[jax.Array]:
+    """Yields what arrives of each piece, with the next one on its way."""
+    coming = [go(pieces[0])]
+    for piece in pieces[1:]:
+        coming.append(go(piece))
+        yield coming.pop(0)
+    yield coming.pop(0)
+
+
+def _split(where: chunking.Cut, x: jax.Array | None, *, block: jax.Array | int) -> list[Any]:
+    """Cuts one block of [A, R, e, g, C, ...] into pieces [A, e, g, c, ...]."""
+    if x is None:
+        return [None] * len(where.sizes)
+    own = jax.lax.dynamic_index_in_dim(x, block, axis=1, keepdims=False)
+    return jax.lax.split(own, where.sizes, axis=_dim(where))
+
+
+def _joined(where: chunking.Cut, pieces: list[jax.Array]) -> jax.Array:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=_dim(where))
+
+
+def _dim(where: chunking.Cut) -> int:
+    return 1 if where.parts else 3
+
+
+def _weights(where: chunking.Cut, used: Weights) -> list[Weights]:
+    """Returns each piece's weights: those of its experts, or all."""
+    if not where.parts:
+        return [used] * len(where.sizes)
+    cut = {name: jax.lax.split(w, where.sizes, axis=0) for name, w in used.items()}
+    return [{name: cut[name][i] for name in used} for i in range(len(where.sizes))]
+
+
+def _joined_weights(where: chunking.Cut, pieces: list[Weights]) -> Weights:
+    """Returns the gradients of all weights: the transpose of `_weights`."""
+
+    def join(*gradients: jax.Array) -> jax.Array:
+        if len(gradients) == 1:
+            return gradients[0]
+        return jnp.concatenate(gradients) if where.parts else functools.reduce(jnp.add, gradients)
+
+    return jax.tree.map(join, *pieces)
+
+
+def _named(own: Weights) -> ExpertWeights:
+    missing: Any = dict.fromkeys(ROLES)
+    return ExpertWeights(**missing | own)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, weight_EXY: jax.Array) -> jax.Array:
+    """Multiplies [A, e, g, c, X] by each expert's matrix, in the dtype of `x`.
+
+    The gradient of the matrix is in its own dtype, float32, and so are sums of such gradients.
+    """
+    return jnp.einsum("aegcx,exy->aegcy", x, weight_EXY.astype(x.dtype))
+
+
+def _product_forward(x: jax.Array, weight_EXY: jax.Array) -> tuple[jax.Array, tuple]:
+    return _product(x, weight_EXY), (x, weight_EXY)
+
+
+def _product_backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight_EXY = saved
+    dx = jnp.einsum("aegcy,exy->aegcx", dy, weight_EXY.astype(x.dtype))
+    exact = weight_EXY.dtype
+    return dx, jnp.einsum("aegcx,aegcy->exy", x, dy, preferred_element_type=exact)
+
+
+_product.defvjp(_product_forward, _product_backward)

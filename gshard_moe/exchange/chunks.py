@@ -16,6 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from gshard_moe.config import ChunkBy
 from gshard_moe.experts import ROLES, ExpertWeights, Use
 from gshard_moe.layout import sizes
 
@@ -56,7 +57,7 @@ def most(*, num_experts: int, capacity: int, parts: int) -> int:
     return max(num_experts // parts, capacity)
 
 
-def cut(chunks: int, *, num_experts: int, capacity: int, parts: int) -> Cut:
+def cut(chunks: int, *, num_experts: int, capacity: int, parts: int, by: ChunkBy = "auto") -> Cut:
     """Decides how slots are cut.
 
     Args:
@@ -64,14 +65,15 @@ def cut(chunks: int, *, num_experts: int, capacity: int, parts: int) -> Cut:
       num_experts: E.
       capacity: C.
       parts: into how many parts E is split on the wire.
+      by: `expert`, `capacity`, or by expert where there are as many.
     Raises:
-      ValueError: if there are neither as many local experts nor as many slots.
+      ValueError: if there are not as many of what is cut.
     """
     local = num_experts // parts
-    if chunks <= local:
-        return Cut(_sizes(local, chunks), parts)
-    if fault := sizes.chunk_fault(chunks, local, capacity):
+    if fault := sizes.chunk_fault(chunks, local, capacity, by):
         raise ValueError(fault)
+    if by == "expert" or (by == "auto" and chunks <= local):
+        return Cut(_sizes(local, chunks), parts)
     return Cut(_sizes(capacity, chunks), 0)
 
 

@@ -10,7 +10,7 @@ G groups, S tokens, E experts, C slots, M model width.
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from jaxtyping import Array, Float, Key
@@ -37,7 +37,7 @@ def exchange(
     chunks: int = 1,
     fewer: bool = False,
     expert_parts: int = 1,
-    carry: Callable[[jax.Array, ExpertWeights], jax.Array] | None = None,
+    chunk_by: configs.ChunkBy = "auto",
 ) -> Float[Array, "G S M"]:
     """Takes tokens to their experts and back.
 
@@ -53,7 +53,7 @@ def exchange(
       chunks: into how many pieces the slots are cut, to travel while others are computed.
       fewer: takes fewer where there cannot be as many.
       expert_parts: into how many parts E is split on the wire.
-      carry: takes the slots to their experts and back, otherwise than by annotations.
+      chunk_by: what is cut.
     Returns:
       The weighted sum of each token's served experts.
     Raises:
@@ -71,16 +71,14 @@ def exchange(
     else:
         xs_EGCM = gather.dispatch(x_GSM, slots)
         combine = functools.partial(gather.combine, slots=slots)
-    if carry is not None:
-        ys_EGCM = carry(constrain("slots_source", xs_EGCM), weights)
-        with jax.named_scope("combine"):
-            return combine(constrain("slots_source", ys_EGCM))
     num_experts, _, capacity, _ = xs_EGCM.shape
     if fewer:
         chunks = min(
             chunks, chunking.most(num_experts=num_experts, capacity=capacity, parts=expert_parts)
         )
-    where = chunking.cut(chunks, num_experts=num_experts, capacity=capacity, parts=expert_parts)
+    where = chunking.cut(
+        chunks, num_experts=num_experts, capacity=capacity, parts=expert_parts, by=chunk_by
+    )
 
     def run(chunk: chunking.Chunk) -> jax.Array:
         """Takes a chunk to its experts and back; XLA interleaves what does not depend."""

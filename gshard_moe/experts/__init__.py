@@ -11,6 +11,9 @@ from gshard_moe.experts.ffn import (
     ffn,
     linear,
     of_one_expert,
+    outputs,
+    products,
+    slot_keys,
     slots_form,
 )
 from gshard_moe.experts.grouped import choose_backend, grouped_matmul
@@ -30,7 +33,10 @@ __all__ = [
     "grouped_matmul",
     "linear",
     "of_one_expert",
+    "outputs",
     "over_experts",
+    "products",
+    "slot_keys",
     "slots_form",
     "varying_alike",
 ]

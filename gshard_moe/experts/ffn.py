@@ -105,22 +105,72 @@ def ffn(
       moe: of the experts.
       form: of `xs_XM`.
     """
+    return outputs(weights, products(weights, xs_XM, form), moe, form)
+
+
+def products(
+    weights: ExpertWeights, xs_XM: Float[Array, "*X M"], form: Form
+) -> list[Float[Array, "*X H"]]:
+    """Returns what goes into the activation: the input products with their biases."""
     inputs = [(weights.in_EMH, weights.in_bias_EH)]
     if weights.gate_EMH is not None:
         inputs.append((weights.gate_EMH, weights.gate_bias_EH))
     hidden = []
-    products = form.multiply("expert_in", xs_XM, *[weight_EMH for weight_EMH, _ in inputs])
-    for h_XH, (_, bias_EH) in zip(products, inputs, strict=True):
+    found = form.multiply("expert_in", xs_XM, *[weight_EMH for weight_EMH, _ in inputs])
+    for h_XH, (_, bias_EH) in zip(found, inputs, strict=True):
         if bias_EH is not None:
             h_XH = h_XH + form.bias("expert_in_bias", bias_EH.astype(h_XH.dtype))
         hidden.append(form.hidden(h_XH))
-    h_XH = activate(moe.activation, *hidden, limit=moe.activation_limit)
+    return hidden
+
+
+def outputs(
+    weights: ExpertWeights,
+    products_XH: Sequence[Float[Array, "*X H"]],
+    moe: config.MoEConfig,
+    form: Form,
+    gate_X: Float[Array, "*X"] | None = None,
+) -> Float[Array, "*X M"]:
+    """Returns the experts' outputs of their `products`.
+
+    Args:
+      weights: as stored; of the input matrices nothing is used.
+      products_XH: of `products`.
+      moe: of the experts.
+      form: of the tokens.
+      gate_X: weighs each output; on the hidden layer, so that its gradient needs no output.
+    """
+    h_XH = activate(moe.activation, *products_XH, limit=moe.activation_limit)
     if form.drop is not None:
         h_XH = form.hidden(form.drop(h_XH))
+    if gate_X is not None:
+        h_XH = weighed(h_XH, gate_X)
     (ys_XM,) = form.multiply("expert_out", h_XH, weights.out_EHM)
     if weights.out_bias_EM is None:
         return ys_XM
-    return ys_XM + form.bias("expert_out_bias", weights.out_bias_EM.astype(ys_XM.dtype))
+    bias_XM = form.bias("expert_out_bias", weights.out_bias_EM.astype(ys_XM.dtype))
+    if gate_X is not None:
+        bias_XM = weighed(jnp.broadcast_to(bias_XM, ys_XM.shape), gate_X)
+    return ys_XM + bias_XM
+
+
+@jax.custom_vjp
+def weighed(h_XH: Float[Array, "*X H"], gate_X: Float[Array, "*X"]) -> Float[Array, "*X H"]:
+    """Multiplies rows by their gates; a gate's gradient is summed in float32."""
+    return h_XH * gate_X.astype(h_XH.dtype)[..., None]
+
+
+def _weighed_forward(h_XH: jax.Array, gate_X: jax.Array) -> tuple[jax.Array, tuple]:
+    return weighed(h_XH, gate_X), (h_XH, gate_X)
+
+
+def _weighed_backward(saved: tuple, dy_XH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h_XH, gate_X = saved
+    dgate_X = (h_XH.astype(jnp.float32) * dy_XH.astype(jnp.float32)).sum(axis=-1)
+    return weighed(dy_XH, gate_X), dgate_X.astype(gate_X.dtype)
+
+
+weighed.defvjp(_weighed_forward, _weighed_backward)
 
 
 def of_one_expert(
@@ -166,10 +216,7 @@ def slots_form(
     def drop(h_EGCH: jax.Array) -> jax.Array:
         """Drops hidden units of each token in each expert."""
         assert dropout_key_G is not None and token_GEC is not None and expert_E is not None
-        token_EGC = token_GEC.swapaxes(0, 1)
-        choice_EGC = token_EGC * num_experts + jnp.asarray(expert_E)[:, None, None]
-        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, 0))
-        key_EGC = jax.vmap(fold, (None, 0))(dropout_key_G, choice_EGC)
+        key_EGC = slot_keys(dropout_key_G, token_GEC, expert_E, num_experts)
         h_XH = dropped(h_EGCH.reshape(-1, h_EGCH.shape[-1]), key_EGC.reshape(-1), dropout)
         return h_XH.reshape(h_EGCH.shape)
 
@@ -177,16 +224,45 @@ def slots_form(
     return Form(multiply, bias, hidden, None if dropout_key_G is None else drop)
 
 
-def dropped(h_XH: Float[Array, "X H"], key_X: Key[Array, " X"], share: float) -> jax.Array:
+def slot_keys(
+    key_G: Key[Array, " G"],
+    token_GEC: Int[Array, "G E C"],
+    expert_E: Int[np.ndarray, " E"],
+    num_experts: int,
+) -> Key[Array, "E G C"]:
+    """Returns each slot's key of `dropped`; arguments as of `slots_form`."""
+    choice_EGC = token_GEC.swapaxes(0, 1) * num_experts + jnp.asarray(expert_E)[:, None, None]
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, 0))
+    return jax.vmap(fold, (None, 0))(key_G, choice_EGC)
+
+
+def dropped(
+    h_XH: Float[Array, "X H"],
+    key_X: Key[Array, " X"],
+    share: float,
+    *,
+    parts: int = 1,
+    at: Int[Array, ""] | int = 0,
+) -> Float[Array, "X H"]:
     """Zeroes a share of the hidden units of each row at random, and scales up the rest.
 
     A row's key is its group's, with token * E + expert folded in: it is the same wherever the row
     lies.
 
+    Args:
+      h_XH: rows of the hidden layer.
+      key_X: of each row.
+      share: of the units, in [0, 1).
+      parts: into how many the hidden dim is cut; `h_XH` is one of them.
+      at: which.
     Source: Switch Transformer, arXiv 2101.03961, section 2.4 (expert dropout).
     """
-    keep = functools.partial(jax.random.bernoulli, p=1 - share, shape=h_XH.shape[1:])
-    return jnp.where(jax.vmap(keep)(key_X), h_XH / (1 - share), jnp.zeros((), h_XH.dtype))
+    width = h_XH.shape[1]
+    keep = functools.partial(jax.random.bernoulli, p=1 - share, shape=(parts * width,))
+    keep_XH = jax.vmap(keep)(key_X)
+    if parts > 1:
+        keep_XH = jax.lax.dynamic_slice_in_dim(keep_XH, at * width, width, axis=1)
+    return jnp.where(keep_XH, h_XH / (1 - share), jnp.zeros((), h_XH.dtype))
 
 
 def linear(

@@ -85,12 +85,22 @@ def misfits(model: config.ModelConfig, sizes: Mapping[str, int], source: str) ->
     return faults
 
 
-def chunk_fault(chunks: int, local_experts: int, capacity: int) -> str:
+def chunk_fault(chunks: int, local_experts: int, capacity: int, by: config.ChunkBy = "auto") -> str:
     """Says if slots are to be cut into more chunks than there are; empty if not."""
-    if chunks <= max(local_experts, capacity):
+    most = {
+        "auto": max(local_experts, capacity),
+        "expert": local_experts,
+        "capacity": capacity,
+    }
+    if chunks <= most[by]:
         return ""
+    of = {
+        "auto": "a device's experts, or the slots of an expert in a group (C)",
+        "expert": 'a device\'s experts, with chunk_by = "expert"',
+        "capacity": 'the slots of an expert in a group (C), with chunk_by = "capacity"',
+    }
     return (
-        "exchange.chunks: must be at most a device's experts, or the slots of an expert in a group "
-        f"(C); got chunks={chunks}, experts on a device={local_experts}, C={capacity}; use fewer "
+        f"exchange.chunks: must be at most {of[by]}; "
+        f"got chunks={chunks}, experts on a device={local_experts}, C={capacity}; use fewer "
         "chunks or larger groups"
     )

@@ -254,36 +254,47 @@ def _moe(
         if config.capacity_rule == "easydel" and not config.is_unlimited(train=train):
             limit = config.capacity(train=train)
             chosen = dispatch.softened(chosen, limit, num_experts=config.num_experts)
+    use = functools.partial(place, layout=layout)
     common: Any = {
         "config": config,
-        "use": functools.partial(place, layout=layout),
         "dropout_key_G": dropout_key_G if config.expert_dropout else None,
     }
     if _takes_rows(x_BLM, config, layout, train=train):
         with jax.named_scope("dispatch"):
             served, limit = _served(chosen, slots, config, train=train)
         y_GSM = exchange.rows(
-            groups.x_GSM, served, weights.experts, layout=layout, slots_of_group=limit, **common
+            groups.x_GSM,
+            served,
+            weights.experts,
+            layout=layout,
+            use=use,
+            slots_of_group=limit,
+            **common,
         )
     else:
         with jax.named_scope("dispatch"):
             if slots is None:
                 slots = _slots(chosen, config, train=train)
             served = dispatch.served_slots(slots)
-        y_GSM = exchange.spmd(
-            groups.x_GSM,
-            slots,
-            weights.experts,
-            dispatch="gather" if layout is None else layout.config.compute.dispatch,
-            constrain=lay,
-            chunks=1 if layout is None else layout.config.exchange.chunks,
-            fewer=not train,  # sampling has groups of a few tokens
-            expert_parts=_parts(layout, "slots_wire", "E"),
-            carry=None
-            if layout is None or layout.config.exchange.tokens == "spmd"
-            else functools.partial(exchange.all_to_all, config=config, layout=layout),
-            **common,
-        )
+        # Sampling has groups of a few tokens.
+        common["fewer"] = not train
+        if layout is not None and layout.config.exchange.tokens == "all_to_all":
+            y_GSM = exchange.all_to_all(
+                groups.x_GSM, slots, weights.experts, layout=layout, **common
+            )
+        else:
+            y_GSM = exchange.spmd(
+                groups.x_GSM,
+                slots,
+                weights.experts,
+                dispatch="gather" if layout is None else layout.config.compute.dispatch,
+                constrain=lay,
+                use=use,
+                chunks=1 if layout is None else layout.config.exchange.chunks,
+                chunk_by="auto" if layout is None else layout.config.exchange.chunk_by,
+                expert_parts=_parts(layout, "slots_wire", "E"),
+                **common,
+            )
     y_BLM = lay("tokens", lay("groups", y_GSM).reshape(x_BLM.shape))
     if weights.shared is not None:
         with jax.named_scope("shared"):
