@@ -176,6 +176,38 @@ def test_kernels(target: str, config: str, expected: int):
     assert flops_of(module) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "results", "table", "expected"),
+    [
+        # 8 heads of 64, 4 x 4 blocks of which 10 are on or below the diagonal; 2 products.
+        ("splash_mha_fwd_residuals", 2, "s8[1,4,4]", 2 * 8 * 64 * (10 / 16) * 512 * 512 * 2),
+        ("splash_mha_dq_no_residuals", 1, "s8[1,4,4]", 2 * 8 * 64 * (10 / 16) * 512 * 512 * 3),
+        ("splash_mha_dkv_no_residuals", 2, "s32[1,4,4]", 2 * 8 * 64 * (10 / 16) * 512 * 512 * 4),
+        # With the queries' gradient in it.
+        ("splash_mqa_dkv_no_residuals", 3, "s8[8,4,4]", 2 * 8 * 64 * (10 / 16) * 512 * 512 * 5),
+        # Blocks of 128 queries and 256 keys: 1, 1, 2, 2 of them are seen.
+        ("splash_mha_fwd_no_residuals", 1, "s8[1,4,2]", 2 * 8 * 64 * (6 / 8) * 512 * 512 * 2),
+        # No table, no mask.
+        ("splash_mha_fwd_no_residuals", 1, "", 2 * 8 * 64 * 512 * 512 * 2),
+    ],
+)
+def test_attention_by_blocks(name: str, results: int, table: str, expected: float):
+    made = ", ".join(["bf16[2,4,512,64]{3,2,1,0}"] * results)
+    tables = [f"%t = {table}{{2,1,0}} parameter(0)"] if table else []
+    module = module_of(
+        *tables,
+        "%q = bf16[2,4,512,64]{3,2,1,0} parameter(1)",
+        "%k = bf16[2,2,512,64]{3,2,1,0} parameter(2)",
+        "%v = bf16[2,2,512,64]{3,2,1,0} parameter(3)",
+        f"%{name}.1 = ({made}) custom-call({'%t, %t, ' if table else ''}%q, %k, %v), "
+        'custom_call_target="tpu_custom_call"',
+    )
+    assert flops_of(module) == expected
+    entry = module.computations[module.entry]
+    halved = costs.flops(module, entry, entry.instructions[-1], {"bf16": 0.5, "s8": 9.0})
+    assert halved == expected / 2
+
+
 # ------------------------------------------------------------------ compiled
 
 G, E, C, M, H, D = 2, 4, 128, 256, 512, 64  # of a device

@@ -32,6 +32,34 @@ def test_a_text_is_read():
     assert main.by_name["a2a-done"].backend_config == {}
 
 
+def test_a_kernels_notes_stand_on_lines_of_their_own():
+    """As XLA writes them, in a loop's body too: what follows is still the instruction's."""
+    notes = 'frontend_attributes={kernel_metadata={\n"a":"{\\"b\\": 1}",\n"c":"d"\n}}'
+    text = f"""HloModule m, is_scheduled=true
+
+%body (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  %k = (f32[8]{{0}}, f32[8]{{0}}) custom-call(%x), {notes}, backend_config={{"n":1}}
+  ROOT %y = f32[8]{{0}} get-tuple-element(%k), index=1, {notes}, metadata={{op_name="g"}}
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x.1 = f32[8]{{0}} parameter(0)
+  ROOT %z = f32[8]{{0}} call(%x.1), to_apply=%body
+}}
+"""
+    module = hlo.parse(text)
+    body = module.computations["body"]
+    assert [i.opcode for i in body.instructions] == [
+        *("parameter", "custom-call", "get-tuple-element"),
+    ]
+    assert body.root == "y" and module.entry == "main"
+    assert body.by_name["k"].backend_config == {"n": 1}
+    assert body.by_name["y"].op_name == "g"
+    with pytest.raises(hlo.TextError, match="body .* it was cut off"):
+        hlo.parse(text[: text.index('"c":"d"')])
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from gshard_moe.timeline import hlo
+from gshard_moe.timeline import hlo, kernels
 from gshard_moe.timeline.hlo import Computation, Instruction, Module
 
 # Instructions that run what they call, and the keys under which they name it.
@@ -34,12 +34,12 @@ def flops(
       module: of the instruction.
       computation: of the instruction.
       instruction: any.
-      weights: what a FLOP counts, by the dtype of a product's first operand; else 1.
+      weights: what a FLOP counts, by the dtype of a product's first operand that is no
+        index; else 1.
     """
     count = _COUNTED.get(instruction.opcode)
     if count is not None:
-        operands = [computation.by_name[name] for name in instruction.operands[:1]]
-        dtype = operands[0].shape.partition("[")[0] if operands else ""
+        dtype = kernels.dtype(computation, instruction)
         return count(computation, instruction) * weights.get(dtype, 1.0)
     found = 0.0
     if instruction.opcode in _CALLERS:
@@ -170,22 +170,6 @@ def _dot(computation: Computation, instruction: Instruction) -> float:
     return 2.0 * math.prod(instruction.dims) * math.prod(lhs.dims[i] for i in contracted)
 
 
-def _kernel(computation: Computation, instruction: Instruction) -> float:
-    """Returns a kernel's FLOPs: as it says itself, or of a matmul of cuBLAS; else 0: unknown."""
-    config = instruction.backend_config
-    noted = config.get("custom_call_config", {})
-    estimate = noted.get("cost_estimate", {}) if isinstance(noted, dict) else {}
-    if estimate:
-        return float(estimate.get("flops", 0.0))
-    product = config.get("gemm_backend_config", {})
-    if not isinstance(product, dict) or "dot_dimension_numbers" not in product:
-        return 0.0
-    lhs = computation.by_name[instruction.operands[0]]
-    dims = product["dot_dimension_numbers"].get("lhs_contracting_dimensions", [])
-    contracted = math.prod(lhs.dims[int(i)] for i in dims)
-    return 2.0 * math.prod(instruction.dims) * contracted
-
-
 def _convolution(computation: Computation, instruction: Instruction) -> float:
     """Counts the taps that meet data: a TPU writes batched products as dilated convolutions."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
@@ -232,5 +216,5 @@ def _numbers(attributes: str, name: str) -> list[int]:
 _COUNTED: dict[str, Callable[[Computation, Instruction], float]] = {
     "dot": _dot,
     "convolution": _convolution,
-    "custom-call": _kernel,
+    "custom-call": kernels.flops,
 }

@@ -202,7 +202,7 @@ def _sizes(dims: str) -> list[int]:
 
 def _computations(lines: list[str]) -> Iterator[tuple[Computation, bool]]:
     name, is_entry, body, root, opened = "", False, [], "", 0
-    for number, line in enumerate(lines, 1):
+    for number, line in _joined(lines):
         if not name:
             header = _HEADER.match(line)
             if header:
@@ -223,6 +223,27 @@ def _computations(lines: list[str]) -> Iterator[tuple[Computation, bool]]:
             f"text: computation {name} (line {opened}) must end with a brace; got the end of the "
             f"text at line {len(lines)}: it was cut off"
         )
+
+
+def _joined(lines: list[str]) -> Iterator[tuple[int, str]]:
+    """Yields lines with their numbers, those as one that are of one instruction.
+
+    A kernel's own notes are written on lines of their own: `frontend_attributes={kernel_metadata={`
+    ends the first, and a line of closing braces goes on with the instruction.
+    """
+    parts: list[str] = []
+    begun = 0
+    for number, line in enumerate(lines, 1):
+        begun = begun if parts else number
+        parts.append(line)
+        open_ended = line.endswith("{") and not _HEADER.match(parts[0])
+        if open_ended and (len(parts) > 1 or _INSTRUCTION.match(line)):
+            continue
+        if len(parts) > 1 and not line.startswith("}"):
+            continue
+        yield begun, "".join(parts)
+        parts = []
+    yield from ((begun, part) for part in parts[:1])
 
 
 def _instruction(name: str, text: str, number: int) -> Instruction:
