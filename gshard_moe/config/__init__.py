@@ -13,6 +13,7 @@ from gshard_moe.config.moe import Activation, MoEConfig, Priority, Renormalize, 
 from gshard_moe.config.presets import PRESETS
 from gshard_moe.config.presets import fields as preset_fields
 from gshard_moe.config.sharding import (
+    Attention,
     ChunkBy,
     ComputeConfig,
     Dispatch,
@@ -32,6 +33,7 @@ __all__ = [
     "ConfigError",
     "Dispatch",
     "ExchangeConfig",
+    "Attention",
     "GroupedMatmul",
     "GroupedMatmulBackend",
     "LayoutConfig",

@@ -9,6 +9,7 @@ from typing import Literal
 from gshard_moe.config.checked import Checked, ConfigError, Faults, shown
 
 Dispatch = Literal["gather", "einsum", "ragged"]
+Attention = Literal["auto", "xla", "flash"]
 GroupedMatmulBackend = Literal["loops", "ragged_dot", "tokamax"]
 GroupedMatmul = Literal["auto", GroupedMatmulBackend]
 ChunkBy = Literal["auto", "expert", "capacity"]
@@ -114,6 +115,10 @@ class ComputeConfig(Checked):
         `ragged` (rows sorted by expert, without slots: what is not used costs nothing).
       grouped_matmul: of `ragged`: `loops` over tiles of rows, `jax.lax.ragged_dot`, or the kernels
         of `tokamax`; `auto` chooses by platform, see `experts.choose_backend`.
+      attention: of whole sequences: `xla`, which writes the scores of all pairs to memory, or
+        `flash`, a TPU's kernel, which does not (on a CPU it is interpreted, for tests); `auto`: the
+        kernel on TPUs where shapes and layout let it run, see `nn.choose_attention`. With a cache,
+        XLA's.
       layers: `scan` (one compiled block) or `unroll` (each block its own, for overlap across).
       unroll: blocks in one step of the scan.
       remat: what a block's backward recomputes: `none` keeps everything, `full` recomputes the
@@ -122,6 +127,7 @@ class ComputeConfig(Checked):
 
     dispatch: Dispatch = "gather"
     grouped_matmul: GroupedMatmul = "auto"
+    attention: Attention = "auto"
     layers: Literal["scan", "unroll"] = "scan"
     unroll: int = 1
     remat: Remat = "none"

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
@@ -55,7 +54,7 @@ def exchange(
     split = P(_axes(layout, "groups", "G"))
     num_experts = config.num_experts
     asked = "auto" if layout is None else layout.config.compute.grouped_matmul
-    backend = experts.choose_backend(asked, _platform(layout))
+    backend = experts.choose_backend(asked, layouts.platform_of(layout))
     # Rows to spare save `loops` a copy; where rows are summed over devices, they would travel too.
     summed = _free(layout, _axes(layout, "rows_hidden", "H"))
     room = experts.ROOM if backend == "loops" and not summed else 0
@@ -270,7 +269,7 @@ def _on_each_device(layout: Layout | None, f: Callable, in_specs: Any, out_specs
     """Runs `f` on each device's parts; inside `shard_map`, on those that are there already."""
     if layout is None:
         return f
-    mesh = _mesh(layout)
+    mesh = layouts.mesh_here(layout)
     free = functools.partial(layouts.free_spec, mesh)
     specs = jax.tree.map(free, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P))
     if all(spec == P(*[None] * len(spec)) for spec in jax.tree.leaves(specs)):
@@ -285,22 +284,10 @@ def _axes(layout: Layout | None, role: str, letter: str) -> tuple[str, ...]:
 
 def _free(layout: Layout | None, axes: Sequence[str]) -> list[str]:
     """Returns those of the axes over which the arrays here are still global."""
-    free = () if layout is None else layouts.free_axes(_mesh(layout))
+    free = () if layout is None else layouts.free_axes(layouts.mesh_here(layout))
     return [axis for axis in axes if axis in free]
 
 
 def _summed(y_RX: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Adds up, inside `shard_map`, the parts of a product over a dim that is split over `axes`."""
     return jax.lax.psum(y_RX, axes) if axes else y_RX
-
-
-def _mesh(layout: Layout) -> Mesh | AbstractMesh:
-    """Returns the mesh that is set, else the layout's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return layout.mesh() if mesh.empty else mesh
-
-
-def _platform(layout: Layout | None) -> str:
-    """Returns what the layout's devices are, or the default's if they are not known."""
-    mesh = None if layout is None else layout.mesh()
-    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()

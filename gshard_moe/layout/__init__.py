@@ -1,5 +1,7 @@
 """Layouts: where every tensor of a model lives on a mesh, as a sharding card says."""
 
+from gshard_moe.layout.flash import faults as flash_faults
+from gshard_moe.layout.here import mesh_here, platform_of
 from gshard_moe.layout.layout import (
     Layout,
     LayoutError,
@@ -24,9 +26,12 @@ __all__ = [
     "ROLES",
     "Stage",
     "axis_type",
+    "flash_faults",
     "free_axes",
     "free_spec",
     "letter_sizes",
+    "mesh_here",
     "parameters_of",
     "parse_mesh",
+    "platform_of",
 ]

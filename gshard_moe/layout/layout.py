@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from gshard_moe import cards, config
-from gshard_moe.layout import notation, ragged, sizes
+from gshard_moe.layout import flash, notation, ragged, sizes
 
 # A parameter is `stored` between steps, `used` in the computation (the axes of `layout.gather`
 # dropped), and its master copy and moments are in the `optimizer`'s layout.
@@ -285,11 +285,15 @@ class Layout:
         Raises:
           LayoutError: with every dim that its mesh axes do not divide, and if the tokens do not
             divide by the group size or are too many for the model's positions, or slots for the
-            chunks too few; and why the dispatch `ragged`, if the card asks for it, is impossible.
+            chunks too few; and why the dispatch `ragged`, or attention's kernel, is impossible, if
+            the card asks for it.
         """
         size_of = sizes.letter_sizes(model, batch_size, seq_len)
         mesh = self.axis_sizes
         faults = sizes.misfits(model, size_of, source)
+        if self.config.compute.attention == "flash":
+            found = self.flash_faults(size_of, mesh)
+            faults += [f'{fault}; or use attention = "auto"' for fault in found]
         if model.moe is not None:
             faults += self._ragged_faults()
             faults += self._chunk_faults(size_of["E"], size_of["C"])
@@ -320,6 +324,14 @@ class Layout:
         """
         if faults := self._ragged_faults():
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
+
+    def flash_faults(self, size_of: Mapping[str, int], mesh: Mapping[str, int]) -> list[str]:
+        """Returns why attention's kernel cannot run, on a mesh of these sizes (`flash.faults`)."""
+
+        def axes_of(role: str, letter: str) -> tuple[str, ...]:
+            return tuple(axis for axis in self.axes_of(role, letter) if mesh[axis] > 1)
+
+        return flash.faults(axes_of, [axis for axis in mesh if mesh[axis] > 1], size_of)
 
     def _chunk_faults(self, num_experts: int, capacity: int) -> list[str]:
         """Says if slots are to be cut into more chunks than there are."""

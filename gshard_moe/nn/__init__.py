@@ -3,6 +3,7 @@
 from gshard_moe.nn.attention import Attention, Cache, rotate
 from gshard_moe.nn.dense import DenseFFN
 from gshard_moe.nn.dense_mixture import dense_mixture
+from gshard_moe.nn.flash import choose_attention
 from gshard_moe.nn.moe import MoE, MoEMetrics, MoEOutput, SelectionBias, moe, route
 from gshard_moe.nn.moe_weights import MoEWeights, SharedWeights
 from gshard_moe.nn.norm import Norm
@@ -23,6 +24,7 @@ __all__ = [
     "SharedWeights",
     "Transformer",
     "TransformerOutput",
+    "choose_attention",
     "dense_mixture",
     "moe",
     "rotate",

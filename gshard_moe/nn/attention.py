@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from gshard_moe import config as configs
 from gshard_moe.layout import Layout
+from gshard_moe.nn.flash import attend
 from gshard_moe.nn.norm import rms_norm
 from gshard_moe.nn.parameter import broadcast, constrain, linear, matrix, optional, used
 
@@ -70,17 +71,16 @@ class Attention(nnx.Module):
             key_BLJD = rotate(key_BLJD, position_L, self.config.rope_theta)
         query_BLND = lay("queries", query_BLND)
         key, value = lay("keys_values", key_BLJD), lay("keys_values", value_BLJD)
-        mask_BNLW = None
-        if cache is not None:
+        if cache is None:
+            mixed_BLND = attend(query_BLND, key, value, layout=self.layout)
+        else:
             cache = Cache(
                 lay("cache", _write(cache.key_BWJD, key, position_L[0])),
                 lay("cache", _write(cache.value_BWJD, value, position_L[0])),
             )
             key, value = cache.key_BWJD.astype(key.dtype), cache.value_BWJD.astype(key.dtype)
             mask_BNLW = (jnp.arange(key.shape[1])[None, :] <= position_L[:, None])[None, None]
-        mixed_BLND = jax.nn.dot_product_attention(
-            query_BLND, key, value, mask=mask_BNLW, is_causal=cache is None
-        )
+            mixed_BLND = jax.nn.dot_product_attention(query_BLND, key, value, mask=mask_BNLW)
         mixed_BLND = lay("queries", mixed_BLND)
         y_BLM = linear("blnd,ndm->blm", mixed_BLND, self.out, self.layout)
         if self.out_bias is not None:
