@@ -88,7 +88,8 @@ def test_json_for_programs(card: str, step: dict):
         assert model["step_s"] <= model["serial_s"] * (1 + CLOSE)
         useful = useful_flops("train-step", config) / (8 * chip.flops)
         assert model["mfu"] == pytest.approx(useful / model["step_s"], rel=CLOSE)
-        assert model["custom_call_share"] == 0.0
+        # Attention's kernels, and no other.
+        assert 0 < model["custom_call_share"] < 0.1
         for kind in ("all-to-all", "all-reduce"):
             count = of_kind(found["collectives"], kind, "count")
             assert of_kind(model["collectives"], kind, "count") == count > 0
