@@ -132,6 +132,11 @@ class ComputeConfig(Checked):
     unroll: int = 1
     remat: Remat = "none"
 
+    @property
+    def computes_again(self) -> bool:
+        """Whether a block's backward computes any of its forward again."""
+        return self.remat not in ("none", "everything_saveable")
+
     def _check(self, faults: Faults) -> None:
         faults.positive("unroll")
 

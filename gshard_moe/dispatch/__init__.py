@@ -2,9 +2,10 @@
 
 from gshard_moe.dispatch import einsum, gather, rows
 from gshard_moe.dispatch.rows import Rows, Served, load, serve_all, served_slots, softened
-from gshard_moe.dispatch.slots import Slots, assign, expert_choice
+from gshard_moe.dispatch.slots import KEPT, Slots, assign, expert_choice, kept
 
 __all__ = [
+    "KEPT",
     "Rows",
     "Served",
     "Slots",
@@ -12,6 +13,7 @@ __all__ = [
     "einsum",
     "expert_choice",
     "gather",
+    "kept",
     "load",
     "rows",
     "serve_all",

@@ -187,6 +187,9 @@ def _add_slots_forward(ys_GXM: jax.Array, token_GX: jax.Array, slot_GSK: jax.Arr
 
 
 def _add_slots_backward(token_GX: jax.Array, dy_GSM: jax.Array) -> tuple:
+    # Else the compiler makes one loop of this and of the tokens' own way to the slots, which waits
+    # for both.
+    token_GX, dy_GSM = jax.lax.optimization_barrier((token_GX, dy_GSM))
     return _take(dy_GSM, token_GX), None, None
 
 

@@ -3,15 +3,20 @@
 G groups, S tokens, E experts, C slots of one expert for one group, K choices of a token.
 """
 
+import functools
 import typing
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from gshard_moe import config
 from gshard_moe.routing import Order, Routing
+
+# What a checkpoint policy calls the integers of `kept` slots.
+KEPT = "slots"
 
 
 class Slots(NamedTuple):
@@ -69,6 +74,12 @@ def assign(
     if renormalize == "after_drops":
         gate_GSK = renormalized(gate_GSK, gate_sum)
     return Slots(token_GEC, slot_GSK, gate_GSK)
+
+
+def kept(slots: Slots) -> Slots:
+    """Names the integers, for a checkpoint policy that keeps them: `KEPT`."""
+    name = functools.partial(checkpoint_name, name=KEPT)
+    return slots._replace(token_GEC=name(slots.token_GEC), slot_GSK=name(slots.slot_GSK))
 
 
 def check_renormalize(renormalize: str) -> None:

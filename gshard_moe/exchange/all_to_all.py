@@ -94,17 +94,17 @@ def _carry(
     fewer: bool,
 ) -> jax.Array:
     """Takes slots to their experts and back, forward and backward each in a `shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    mesh = layout.mesh() if mesh.empty else mesh
+    mesh = layouts.mesh_here(layout)
     free = layouts.free_axes(mesh)
     part = Part.of(layout, layout.config.exchange.fetch, free)
     held = {name: w for name, w in weights._asdict().items() if w is not None}
-    layer = _Layer(part, config, fewer)
+    layer = _Layer(part, config, fewer, again=layout.config.compute.computes_again)
     slots_spec = P(None, part.groups or None, None, part.width or None)
     extra_spec = P(None, part.groups or None)
     held_spec = {n: layouts.free_spec(mesh, layout.spec(ROLES[n])) for n in held}
+    inputs = slots_spec, extra_spec, extra_spec, held_spec
     # What the backward needs of a device is a part of a leading dim.
-    of_device = P(part.axes or None)
+    kept_spec = slots_spec if layer.again else P(part.axes or None)
 
     def local(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         if not free:
@@ -113,19 +113,19 @@ def _carry(
             f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(free)
         )
 
-    inputs = slots_spec, extra_spec, extra_spec, held_spec
-
     @jax.custom_vjp
     def run(xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> jax.Array:
         return local(layer.outputs, inputs, slots_spec)(xs, gates, keys, held)
 
     def forward(xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> tuple:
-        kept = local(layer.forward, inputs, (slots_spec, of_device))
-        ys, saved = kept(xs, gates, keys, held)
-        return ys, (saved, gates, keys, held)
+        if layer.again:
+            return run(xs, gates, keys, held), (xs, gates, keys, held)
+        keeping = local(layer.forward, inputs, (slots_spec, kept_spec))
+        ys, kept = keeping(xs, gates, keys, held)
+        return ys, (kept, gates, keys, held)
 
     def backward(saved: tuple, dys: jax.Array) -> tuple:
-        specs = of_device, extra_spec, extra_spec, held_spec, slots_spec
+        specs = kept_spec, extra_spec, extra_spec, held_spec, slots_spec
         run = local(layer.backward, specs, (slots_spec, extra_spec, held_spec))
         dxs, dgates, dheld = run(*saved, dys)
         return dxs, dgates, None, dheld
@@ -148,11 +148,21 @@ class _Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """One layer on one device."""
+    """One layer on one device.
+
+    Attributes:
+      part: the device's.
+      config: of the experts.
+      fewer: takes fewer chunks where there cannot be as many.
+      again: the backward computes products again, of the slots, instead of keeping them; in one
+        piece, in which all that travels has something to hide behind: tokens behind the gradients'
+        first product, the gradients behind the block that is computed again before.
+    """
 
     part: Part
     config: configs.MoEConfig
     fewer: bool
+    again: bool
 
     def outputs(self, xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> jax.Array:
         return self.forward(xs, gates, keys, held)[0]
@@ -162,11 +172,11 @@ class _Layer:
     ) -> tuple[jax.Array, list[list[_Piece]]]:
         """Returns the slots' outputs, and of each step and piece what the backward needs."""
         part = self.part
-        xs = self._by_block(xs_EgCm)
-        gates, keys = self._extras(gates), self._extras(keys)
-        where = self._cut(xs)
+        xs, keys = self._by_block(xs_EgCm), self._extras(keys)
+        gates = self._extras(gates)
+        where = self._cut(xs, part.config.chunks)
         blocks, ring = _Blocks(part, xs), _Ring(part, part.used(held, xs.dtype))
-        saved = []
+        kept = []
         for step in range(part.ring):
             used = part.gathered(ring.next())
             block = functools.partial(_split, where, block=part.at(step))
@@ -176,90 +186,122 @@ class _Layer:
             sides = zip(arriving, block(gates), block(keys), _weights(where, used), strict=True)
             for x, gate, key, own in sides:
                 products = self._products(x, own)
-                y = self._outputs(products, gate, own, key)
+                y = self._outputs(self._hidden(products, gate, key), gate, own)
                 out.append(turns.back(ring.computed(y, len(out) + 1 == len(where.sizes))))
                 pieces.append(_Piece(x, products))
-            saved.append(pieces)
+            kept.append(pieces)
             blocks.put(step, _joined(where, out))
-        return blocks.whole(xs_EgCm.shape), jax.tree.map(lambda x: x[None], saved)
+        return blocks.whole(xs_EgCm.shape), jax.tree.map(lambda x: x[None], kept)
 
     def backward(
         self,
-        saved: list[list[_Piece]],
+        kept: Any,
         gates: jax.Array,
         keys: Any,
         held: Weights,
         dys_EgCm: jax.Array,
     ) -> tuple[jax.Array, jax.Array, Weights]:
-        """Returns the gradients of slots, gates and weights."""
+        """Returns the gradients of slots, gates and weights.
+
+        Args:
+          kept: `forward`'s; or the slots, where products are computed again.
+          gates: the slots'.
+          keys: of dropout.
+          held: the weights.
+          dys_EgCm: the gradients of the outputs.
+        """
         part = self.part
-        saved = jax.tree.map(lambda x: x[0], saved)
-        dys = self._by_block(dys_EgCm)
-        keys = self._extras(keys)
+        dys, keys = self._by_block(dys_EgCm), self._extras(keys)
         gates, gates_back = jax.vjp(self._extras, gates)
-        use = functools.partial(part.used, dtype=dys.dtype)
-        own, held_back = jax.vjp(use, held)
-        where = self._cut(dys)
-        blocks, ring = _Blocks(part, dys), _Ring(part, own)
-        gate_blocks = _Blocks(part, gates)
+        used = functools.partial(part.used, dtype=dys.dtype)
+        own, held_back = jax.vjp(used, held)
+        where = self._cut(dys, 1 if self.again else part.config.chunks)
+        blocks, gate_blocks, ring = _Blocks(part, dys), _Blocks(part, gates), _Ring(part, own)
         total: Weights = {}
         for step in range(part.ring):
-            used = jax.tree.map(lambda w: w.astype(jnp.float32), part.gathered(ring.next()))
+            here = jax.tree.map(lambda w: w.astype(jnp.float32), part.gathered(ring.next()))
             block = functools.partial(_split, where, block=part.at(step))
-            out, dgates, dused = [], [], []
             turns = _Turns(part)
             arriving = _ahead(turns.go, block(dys))
+            if self.again:
+                found = self._again(turns, block(self._by_block(kept)), here)
+            else:
+                found = [_Piece(*jax.tree.map(lambda x: x[0], piece)) for piece in kept[step]]
+            out, dgates, dhere = [], [], []
             sides = zip(
-                saved[step], arriving, block(gates), block(keys), _weights(where, used), strict=True
+                arriving, found, block(gates), block(keys), _weights(where, here), strict=True
             )
-            for (x, products), dy, gate, key, own_weights in sides:
-                of_inputs = {n: w for n, w in own_weights.items() if not n.startswith("out_")}
-                of_outputs = {n: w for n, w in own_weights.items() if n.startswith("out_")}
-                after = functools.partial(self._outputs, key=key)
-                dproducts, dgate, dw_out = jax.vjp(after, products, gate, of_outputs)[1](dy)
-                dx, dw_in = jax.vjp(self._products, x, of_inputs)[1](dproducts)
+            for dy, piece, gate, key, weights in sides:
+                dx, dgate, dweights = self._piece_back(piece, dy, gate, key, weights)
                 out.append(turns.back(ring.computed(dx, len(out) + 1 == len(where.sizes))))
                 dgates.append(dgate)
-                dused.append(dw_in | dw_out)
+                dhere.append(dweights)
             blocks.put(step, _joined(where, out))
             gate_blocks.put(step, _joined(where, dgates))
-            mine = part.scattered(_joined_weights(where, dused))
+            mine = part.scattered(_joined_weights(where, dhere))
             total = jax.tree.map(jnp.add, part.handed_on(total), mine) if step else mine
         if part.ring > 1:
             total = part.handed_on(total)  # home
-        dgates = gates_back(gate_blocks.whole(gates.shape).reshape(gates.shape))[0]
+        (dgates,) = gates_back(gate_blocks.whole(gates.shape))
         (dheld,) = held_back({name: w.astype(dys.dtype) for name, w in total.items()})
         return blocks.whole(dys_EgCm.shape), dgates, dheld
+
+    def _again(
+        self, turns: "_Turns", pieces: list[jax.Array], weights: Weights
+    ) -> Iterator[_Piece]:
+        """Yields what `forward` would have kept; called for after the gradients' first product."""
+        for x in _ahead(turns.go, pieces):
+            yield _Piece(x, self._products(x, weights))
+
+    def _piece_back(
+        self, piece: _Piece, dy: jax.Array, gate: jax.Array, key: jax.Array | None, weights: Weights
+    ) -> tuple[jax.Array, jax.Array, Weights]:
+        """Returns the gradients of a piece's tokens, gates and weights."""
+        of_outputs = {name: w for name, w in weights.items() if name.startswith("out_")}
+        of_inputs = {name: w for name, w in weights.items() if name not in of_outputs}
+        # It is linear: its gradient needs no value of the hidden layer.
+        like = jnp.zeros_like(piece.products[0])
+        (dh,) = jax.vjp(lambda h: self._outputs(h, gate, of_outputs), like)[1](dy)
+        # Without barriers the compiler computes the activation again in each product it goes into.
+        products, dh = jax.lax.optimization_barrier((piece.products, dh))
+        h, hidden_back = jax.vjp(functools.partial(self._hidden, key=key), products, gate)
+        dproducts, dgate = hidden_back(dh)
+        h, dproducts = jax.lax.optimization_barrier((h, dproducts))
+        outputs = functools.partial(self._outputs, h)
+        of_bias, dw_out = jax.vjp(outputs, gate, of_outputs)[1](dy)
+        dx, dw_in = jax.vjp(self._products, piece.x, of_inputs)[1](dproducts)
+        return dx, dgate + of_bias, dw_in | dw_out
 
     def _by_block(self, x_EgCX: jax.Array) -> jax.Array:
         """Returns slots [A, R, e, g, C, ...]."""
         part = self.part
         return x_EgCX.reshape(part.across, part.ring, -1, *x_EgCX.shape[1:])
 
-    def _extras(self, extra: jax.Array | None) -> jax.Array | None:
+    def _extras(self, extra: Any) -> Any:
         """Sends what goes with slots, all of it at once: it is small."""
         if extra is None:
             return None
         return vary(self.part.swap(self._by_block(extra)), self.part.axes)
 
-    def _cut(self, xs: jax.Array) -> chunking.Cut:
-        exchange = self.part.config
+    def _cut(self, xs: jax.Array, chunks: int) -> chunking.Cut:
         size = {"num_experts": xs.shape[2], "capacity": xs.shape[4], "parts": 1}
-        count = exchange.chunks
         if self.fewer:
-            count = min(count, chunking.most(**size))
-        return chunking.cut(count, by=exchange.chunk_by, **size)
+            chunks = min(chunks, chunking.most(**size))
+        return chunking.cut(chunks, by=self.part.config.chunk_by, **size)
 
     def _products(self, x: jax.Array, own: Weights) -> list[jax.Array]:
         with jax.named_scope("expert"):
             return experts.products(_named(own), x, self._form(None))
 
-    def _outputs(
-        self, products: list[jax.Array], gate: jax.Array, own: Weights, key: jax.Array | None
+    def _hidden(
+        self, products: list[jax.Array], gate: jax.Array, key: jax.Array | None
     ) -> jax.Array:
         with jax.named_scope("expert"):
-            form = self._form(key)
-            return experts.outputs(_named(own), products, self.config, form, gate)
+            return experts.hidden(products, self.config, self._form(key), gate)
+
+    def _outputs(self, h: jax.Array, gate: jax.Array, own: Weights) -> jax.Array:
+        with jax.named_scope("expert"):
+            return experts.outputs(_named(own), h, self._form(None), gate)
 
     def _form(self, key: jax.Array | None) -> experts.Form:
         """Returns the form of slots [A, e, g, c, ...]; the hidden dim may be a part of it."""
@@ -376,8 +418,11 @@ def _split(where: chunking.Cut, x: jax.Array | None, *, block: jax.Array | int) 
     """Cuts one block of [A, R, e, g, C, ...] into pieces [A, e, g, c, ...]."""
     if x is None:
         return [None] * len(where.sizes)
-    own = jax.lax.dynamic_index_in_dim(x, block, axis=1, keepdims=False)
-    return jax.lax.split(own, where.sizes, axis=_dim(where))
+    if x.shape[1] == 1:
+        own = x.reshape(x.shape[0], *x.shape[2:])
+    else:
+        own = jax.lax.dynamic_index_in_dim(x, block, axis=1, keepdims=False)
+    return list(jax.lax.split(own, where.sizes, axis=_dim(where)))
 
 
 def _joined(where: chunking.Cut, pieces: list[jax.Array]) -> jax.Array:
@@ -418,7 +463,8 @@ def _product(x: jax.Array, weight_EXY: jax.Array) -> jax.Array:
 
     The gradient of the matrix is in its own dtype, float32, and so are sums of such gradients.
     """
-    return jnp.einsum("aegcx,exy->aegcy", x, weight_EXY.astype(x.dtype))
+    y = jnp.einsum("aetx,exy->aety", _flat(x), weight_EXY.astype(x.dtype))
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _product_forward(x: jax.Array, weight_EXY: jax.Array) -> tuple[jax.Array, tuple]:
@@ -427,9 +473,16 @@ def _product_forward(x: jax.Array, weight_EXY: jax.Array) -> tuple[jax.Array, tu
 
 def _product_backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight_EXY = saved
-    dx = jnp.einsum("aegcy,exy->aegcx", dy, weight_EXY.astype(x.dtype))
+    dx = jnp.einsum("aety,exy->aetx", _flat(dy), weight_EXY.astype(x.dtype))
     exact = weight_EXY.dtype
-    return dx, jnp.einsum("aegcx,aegcy->exy", x, dy, preferred_element_type=exact)
+    dw_EXY = jnp.einsum("aetx,aety->exy", _flat(x), _flat(dy), preferred_element_type=exact)
+    return dx.reshape(x.shape), dw_EXY
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """Makes [A, e, t, X] of [A, e, g, c, X], and A one too where there is one expert: matmuls."""
+    A, e, _, _, X = x.shape
+    return x.reshape(A, e, -1, X) if e > 1 else x.reshape(1, 1, -1, X)

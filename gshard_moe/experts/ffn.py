@@ -105,7 +105,7 @@ def ffn(
       moe: of the experts.
       form: of `xs_XM`.
     """
-    return outputs(weights, products(weights, xs_XM, form), moe, form)
+    return outputs(weights, hidden(products(weights, xs_XM, form), moe, form), form)
 
 
 def products(
@@ -115,36 +115,42 @@ def products(
     inputs = [(weights.in_EMH, weights.in_bias_EH)]
     if weights.gate_EMH is not None:
         inputs.append((weights.gate_EMH, weights.gate_bias_EH))
-    hidden = []
+    into = []
     found = form.multiply("expert_in", xs_XM, *[weight_EMH for weight_EMH, _ in inputs])
     for h_XH, (_, bias_EH) in zip(found, inputs, strict=True):
         if bias_EH is not None:
             h_XH = h_XH + form.bias("expert_in_bias", bias_EH.astype(h_XH.dtype))
-        hidden.append(form.hidden(h_XH))
-    return hidden
+        into.append(form.hidden(h_XH))
+    return into
 
 
-def outputs(
-    weights: ExpertWeights,
+def hidden(
     products_XH: Sequence[Float[Array, "*X H"]],
     moe: config.MoEConfig,
     form: Form,
     gate_X: Float[Array, "*X"] | None = None,
-) -> Float[Array, "*X M"]:
-    """Returns the experts' outputs of their `products`.
+) -> Float[Array, "*X H"]:
+    """Returns the hidden layer of `products`.
 
     Args:
-      weights: as stored; of the input matrices nothing is used.
       products_XH: of `products`.
       moe: of the experts.
       form: of the tokens.
-      gate_X: weighs each output; on the hidden layer, so that its gradient needs no output.
+      gate_X: weighs each token's output; here already, so that its gradient needs no output.
     """
     h_XH = activate(moe.activation, *products_XH, limit=moe.activation_limit)
     if form.drop is not None:
         h_XH = form.hidden(form.drop(h_XH))
-    if gate_X is not None:
-        h_XH = weighed(h_XH, gate_X)
+    return h_XH if gate_X is None else weighed(h_XH, gate_X)
+
+
+def outputs(
+    weights: ExpertWeights,
+    h_XH: Float[Array, "*X H"],
+    form: Form,
+    gate_X: Float[Array, "*X"] | None = None,
+) -> Float[Array, "*X M"]:
+    """Returns the experts' outputs of their hidden layer; arguments as of `hidden`."""
     (ys_XM,) = form.multiply("expert_out", h_XH, weights.out_EHM)
     if weights.out_bias_EM is None:
         return ys_XM
@@ -220,8 +226,8 @@ def slots_form(
         h_XH = dropped(h_EGCH.reshape(-1, h_EGCH.shape[-1]), key_EGC.reshape(-1), dropout)
         return h_XH.reshape(h_EGCH.shape)
 
-    hidden = functools.partial(constrain, "slots_hidden")
-    return Form(multiply, bias, hidden, None if dropout_key_G is None else drop)
+    lay = functools.partial(constrain, "slots_hidden")
+    return Form(multiply, bias, lay, None if dropout_key_G is None else drop)
 
 
 def slot_keys(

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gshard_moe import config as configs
+from gshard_moe import dispatch
 from gshard_moe.layout import Layout
 from gshard_moe.nn.attention import Attention, Cache
 from gshard_moe.nn.dense import DenseFFN
@@ -301,7 +302,10 @@ def _remat(name: configs.Remat) -> Callable[[Callable], Callable]:
     if name == "none":
         return lambda f: f
     if name == "full":
-        return jax.checkpoint
+        # But for the integers that say who goes where: the gradients of the tokens can then travel
+        # while the block is computed again.
+        policy = jax.checkpoint_policies.save_only_these_names(dispatch.KEPT)
+        return functools.partial(jax.checkpoint, policy=policy)
     return functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, name))
 
 

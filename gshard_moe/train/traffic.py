@@ -38,7 +38,7 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
         masters += _from_masters(layout, role, shape)
     if model.tied_embeddings:
         passes += _parameter(layout, "head", (model.model_dim, model.vocab_size), itemsize)
-    recomputed = layout.config.compute.remat not in ("none", "everything_saveable")
+    recomputed = layout.config.compute.computes_again
     for i in range(model.num_layers):
         again = (recomputed, recomputed and _others_follow(model, i))
         moe = model.is_moe_block(i)
