@@ -304,7 +304,7 @@ def test_rows_that_are_split_otherwise_are_refused():
         changed = dataclasses.replace(sharding.layout, roles={**sharding.layout.roles, **roles})
         layout = Layout(dataclasses.replace(sharding, layout=changed), source="mine")
         with pytest.raises(LayoutError) as error:
-            layout.check_ragged()
+            layout.check_exchange(("expert_in", "expert_out"))
         return str(error.value)
 
     assert "layout.rows: " in faults(rows="R/model M", rows_hidden="R/model H")

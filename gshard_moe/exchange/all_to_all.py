@@ -285,6 +285,9 @@ class _Layer:
 
     def _cut(self, xs: jax.Array, chunks: int) -> chunking.Cut:
         size = {"num_experts": xs.shape[2], "capacity": xs.shape[4], "parts": 1}
+        # Where nothing travels there is nothing to hide.
+        if self.part.across == 1 and not self.part.hidden:
+            chunks = 1
         if self.fewer:
             chunks = min(chunks, chunking.most(**size))
         return chunking.cut(chunks, by=self.part.config.chunk_by, **size)
@@ -389,7 +392,8 @@ class _Blocks:
         self._part = part
         self._all: jax.Array | None = None
         if part.ring > 1:
-            self._all = vary(jnp.zeros(like.shape, like.dtype), part.axes)
+            alike = jax.typeof(like).manual_axis_type.varying
+            self._all = vary(jnp.zeros(like.shape, like.dtype), tuple(alike))
 
     def put(self, step: int, result: jax.Array) -> None:
         """Puts a step's result [A, e, ...]."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gshard_moe import config as configs
 from gshard_moe.experts import ROLES
-from gshard_moe.layout import Layout
+from gshard_moe.layout import Layout, by_hand
 
 Weights = dict[str, jax.Array]
 
@@ -92,11 +92,7 @@ class Part:
     @property
     def inner(self) -> int:
         """I, the devices that gather what arrives."""
-        if self.config.weights == "gather":
-            return self.fetch
-        if self.config.levels and self.fetch == self.devices:
-            return self.devices // self.sizes[self.config.levels[0]]
-        return 1
+        return by_hand.gathering(self.config, self.fetch, self.sizes, self.devices)
 
     @property
     def axes(self) -> tuple[str, ...]:

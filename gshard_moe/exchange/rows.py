@@ -43,7 +43,7 @@ def exchange(
       served: who goes to which expert.
       weights: of all experts, as stored.
       config: of the experts.
-      layout: where; `Layout.check_ragged` finds nothing. None: all of it on one device.
+      layout: where; `Layout.check_exchange` finds nothing. None: all of it on one device.
       use: lays out a weight for its use.
       slots_of_group: choices of a group that can be served at most; None: all.
       dropout_key_G: a key for each group, where hidden units are dropped.

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from gshard_moe import cards, config
-from gshard_moe.layout import flash, notation, ragged, sizes
+from gshard_moe.layout import by_hand, flash, notation, ragged, sizes
 
 # A parameter is `stored` between steps, `used` in the computation (the axes of `layout.gather`
 # dropped), and its master copy and moments are in the `optimizer`'s layout.
@@ -285,8 +285,8 @@ class Layout:
         Raises:
           LayoutError: with every dim that its mesh axes do not divide, and if the tokens do not
             divide by the group size or are too many for the model's positions, or slots for the
-            chunks too few; and why the dispatch `ragged`, or attention's kernel, is impossible, if
-            the card asks for it.
+            chunks too few; and why the exchange, or attention's kernel, is impossible, if the card
+            asks for it.
         """
         size_of = sizes.letter_sizes(model, batch_size, seq_len)
         mesh = self.axis_sizes
@@ -294,10 +294,10 @@ class Layout:
         if self.config.compute.attention == "flash":
             found = self.flash_faults(size_of, mesh)
             faults += [f'{fault}; or use attention = "auto"' for fault in found]
-        if model.moe is not None:
-            faults += self._ragged_faults()
-            faults += self._chunk_faults(size_of["E"], size_of["C"])
         ours = sizes.parameters_of(model)
+        if model.moe is not None:
+            faults += self._exchange_faults(ours)
+            faults += self._chunk_faults(size_of["E"], size_of["C"])
         laid_out: list[tuple[str, Stage, str]] = []
         for role in (*ours, *notation.ACTIVATIONS):
             laid_out.append((f"layout.{role}", "stored", role))
@@ -316,13 +316,15 @@ class Layout:
         if faults:
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
 
-    def check_ragged(self) -> None:
-        """Refuses the dispatch `ragged` where a device lacks what its rows need.
+    def check_exchange(self, weights: Iterable[str]) -> None:
+        """Refuses an exchange where a device would lack what its tokens or rows need.
 
+        Args:
+          weights: the roles of the expert weights that there are.
         Raises:
           LayoutError: with every reason.
         """
-        if faults := self._ragged_faults():
+        if faults := self._exchange_faults(weights):
             raise LayoutError("\n".join(f"{self.source}: {fault}" for fault in faults))
 
     def flash_faults(self, size_of: Mapping[str, int], mesh: Mapping[str, int]) -> list[str]:
@@ -333,21 +335,29 @@ class Layout:
 
         return flash.faults(axes_of, [axis for axis in mesh if mesh[axis] > 1], size_of)
 
+    def _exchange_faults(self, weights: Iterable[str]) -> list[str]:
+        mesh, exchange = self.axis_sizes, self.config.exchange
+
+        def axes_of(role: str, letter: str, stage: Stage = "used") -> tuple[str, ...]:
+            return tuple(axis for axis in self.axes_of(role, letter, stage) if mesh[axis] > 1)
+
+        if self.config.compute.dispatch == "ragged":
+            return ragged.faults(axes_of)
+        if exchange.tokens == "all_to_all":
+            ours = [role for role in weights if role.startswith("expert_")]
+            return by_hand.faults(axes_of, ours, exchange, mesh)
+        return []
+
     def _chunk_faults(self, num_experts: int, capacity: int) -> list[str]:
         """Says if slots are to be cut into more chunks than there are."""
-        parts = math.prod(self.axis_sizes[axis] for axis in self.axes_of("slots_wire", "E"))
-        fault = sizes.chunk_fault(self.config.exchange.chunks, num_experts // parts, capacity)
+        exchange, mesh = self.config.exchange, self.axis_sizes
+        parts = math.prod(mesh[axis] for axis in self.axes_of("slots_wire", "E"))
+        local = num_experts // parts
+        # With `auto` any fetch may be chosen, and a device may have its own experts alone.
+        if exchange.tokens == "all_to_all" and exchange.fetch != "auto":
+            local *= by_hand.gathering(exchange, exchange.fetch, mesh, parts)
+        fault = sizes.chunk_fault(exchange.chunks, local, capacity, exchange.chunk_by)
         return [fault] if fault else []
-
-    def _ragged_faults(self) -> list[str]:
-        if self.config.compute.dispatch != "ragged":
-            return []
-        mesh = self.axis_sizes
-
-        def axes_of(role: str, letter: str) -> tuple[str, ...]:
-            return tuple(axis for axis in self.axes_of(role, letter, "used") if mesh[axis] > 1)
-
-        return ragged.faults(axes_of)
 
     def _refuse_other_sizes(self, mesh: Mesh | AbstractMesh) -> None:
         """Refuses a mesh that is set and is not the one that this layout is bound to."""

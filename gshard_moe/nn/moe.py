@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gshard_moe import config as configs
-from gshard_moe import dispatch, exchange, losses, routing
+from gshard_moe import dispatch, exchange, experts, losses, routing
 from gshard_moe import layout as layouts
 from gshard_moe.layout import Layout
 from gshard_moe.nn import moe_checks, moe_weights
@@ -122,14 +122,15 @@ def moe(
       ValueError: if B * L does not divide by the group size, a shape or dtype is not the config's,
         or randomness is asked for without a key.
       LayoutError: if a dim does not divide by its mesh axes, the mesh mixes axis types, or the
-        layout does not suit the dispatch `ragged`.
+        layout does not suit its exchange.
     Source: GShard, arXiv 2006.16668, algorithm 2.
     """
     config = config.grouped(x_BLM.shape[:2], train=train)
     moe_checks.check_shapes(weights, x_BLM, config, routing, mask_BL, token_ids_BL)
     moe_checks.check_key(config, key, train=train)
     if layout is not None:
-        layout.check_ragged()
+        held = [name for name, w in weights.experts._asdict().items() if w is not None]
+        layout.check_exchange(experts.ROLES[name] for name in held)
     run = functools.partial(_moe, config=config, layout=layout, train=train)
     mesh = _mesh_of(x_BLM, layout)
     if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:
