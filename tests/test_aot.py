@@ -165,7 +165,11 @@ def test_every_chip_has_options_with_reasons():
         assert len({option.name for option in options}) == len(options)
         platform = cards.load_chip(generation).platform
         given = {option.name: option.value for option in options}
-        asynchronous = {"xla_tpu_enable_async_all_to_all": True} if platform == "tpu" else {}
+        names = ["xla_tpu_enable_async_all_to_all"] if platform == "tpu" else []
+        if generation in ("v5p", "v6e"):
+            kinds = ("all_gather", "reduce_scatter", "all_reduce")
+            names += [f"xla_tpu_enable_sparse_core_collective_offload_{kind}" for kind in kinds]
+        asynchronous = dict.fromkeys(names, True)
         for topology in (generation, f"{generation}:2x2"):
             assert aot.compiler_options(platform, topology) == given == asynchronous
         assert aot.compiler_options("cpu", generation) == {}

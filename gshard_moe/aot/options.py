@@ -35,13 +35,21 @@ _ASYNC_ALL_TO_ALL = Option(
     "off by default, and then every all-to-all is synchronous: nothing can hide it",
     "Async all-to-all not supported",
 )
+_ON_SPARSE_CORES = tuple(
+    Option(
+        f"xla_tpu_enable_sparse_core_collective_offload_{kind}",
+        True,
+        "else synchronous; the sparse cores run it beside the core's own work (tpu7x: the default)",
+    )
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+)
 # By generation of the chip. A GPU's latency-hiding scheduler and asynchronous collectives are on
 # by default.
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "v4": (_ASYNC_ALL_TO_ALL,),
     "v5e": (_ASYNC_ALL_TO_ALL,),  # refused above 16 chips
-    "v5p": (_ASYNC_ALL_TO_ALL,),
-    "v6e": (_ASYNC_ALL_TO_ALL,),
+    "v5p": (_ASYNC_ALL_TO_ALL, *_ON_SPARSE_CORES),
+    "v6e": (_ASYNC_ALL_TO_ALL, *_ON_SPARSE_CORES),
     "tpu7x": (_ASYNC_ALL_TO_ALL,),
     "h100": (),
     "h200": (),
