@@ -12,7 +12,15 @@ from gshard_moe.train import state
 
 # Every sharding card but `single` fills the eight devices; E, G and B of `moe_config` and
 # `model_config` divide by any of their axes.
-SHARDED_CARDS = ("data", "fsdp", "expert", "expert_data", "expert_fsdp", "expert_model")
+SHARDED_CARDS = (
+    "data",
+    "fsdp",
+    "expert",
+    "expert_data",
+    "expert_fsdp",
+    "expert_model",
+    "two_level",
+)
 
 
 def moe_config(**changes) -> MoEConfig:

@@ -42,6 +42,7 @@ CARD_NAMES_ALLOWED: dict[tuple[str, str], str] = {
         "deepseek_v3",
     ): "a preset, which is named after its source as the card is",
     ("timeline/scopes.py", "expert"): "a public scope of the model, as in `named_scope`",
+    ("exchange/__init__.py", "two_level"): "the member, after which the card that asks is named",
     ("cli/sample.py", "single"): "the default of --sharding: a laptop samples on one device",
 }
 

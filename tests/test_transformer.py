@@ -376,6 +376,7 @@ PAIRS = (
     ("qwen3_30b_a3b", "expert_model"),
     ("qwen3_30b_a3b", "fsdp"),
     ("gshard_600b", "expert_data"),
+    ("tiny", "two_level"),
 )
 OTHERS = [(m, s) for m in MODELS for s in cases.SHARDED_CARDS if (m, s) not in PAIRS]
 

@@ -19,7 +19,7 @@ step, g groups of tokens, C slots, m the model width that travels. See `part`.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -78,33 +78,70 @@ def exchange(
         xs_EGCM = gather.dispatch(x_GSM, slots)
         add = functools.partial(gather.add, slots=slots)
     xs_EGCM = layout.constrain("slots_source", xs_EGCM)
-    ys_EGCM = _carry(xs_EGCM, gate_EGC, key_EGC2, weights, config, layout, fewer=fewer)
+    layer = Layer.of(layout, config, fewer=fewer)
+    ys_EGCM = carry(layer, xs_EGCM, gate_EGC, key_EGC2, weights, layout)
     with jax.named_scope("combine"):
         return add(layout.constrain("slots_source", ys_EGCM))
 
 
-def _carry(
+@runtime_checkable
+class OnDevice(Protocol):
+    """One layer on one device, inside `shard_map`: slots of tokens, or what is made into them."""
+
+    @property
+    def part(self) -> Part:
+        """Who the device's peers are."""
+        ...
+
+    @property
+    def again(self) -> bool:
+        """Whether `backward` gets what `forward` got, and not what it keeps."""
+        ...
+
+    @property
+    def kept_spec(self) -> Any:
+        """How devices differ in what `forward` keeps, of which each has a part of dim 0."""
+        ...
+
+    def forward(
+        self, xs: jax.Array, gates: jax.Array, extras: Any, held: Weights, /
+    ) -> tuple[jax.Array, Any]:
+        """Returns the outputs, and what the backward needs."""
+        ...
+
+    def backward(
+        self, kept: Any, gates: jax.Array, extras: Any, held: Weights, dys: jax.Array, /
+    ) -> tuple[jax.Array, jax.Array, Weights]:
+        """Returns the gradients of slots, gates and weights."""
+        ...
+
+
+def carry(
+    layer: OnDevice,
     xs_EGCM: jax.Array,
     gate_EGC: jax.Array,
-    key_EGC2: jax.Array | None,
+    extras: Any,
     weights: ExpertWeights,
-    config: configs.MoEConfig,
     layout: Layout,
-    *,
-    fewer: bool,
 ) -> jax.Array:
-    """Takes slots to their experts and back, forward and backward each in a `shard_map`."""
+    """Takes slots to their experts and back, forward and backward each in a `shard_map`.
+
+    Args:
+      layer: on a device.
+      xs_EGCM: the slots.
+      gate_EGC: weighs each slot.
+      extras: what else goes with slots: any tree of arrays [E, G, ...], without gradients.
+      weights: of all experts, as stored.
+      layout: on a mesh.
+    """
     mesh = layouts.mesh_here(layout)
-    free = layouts.free_axes(mesh)
-    part = Part.of(layout, layout.config.exchange.fetch, free)
+    free, part = layouts.free_axes(mesh), layer.part
     held = {name: w for name, w in weights._asdict().items() if w is not None}
-    layer = _Layer(part, config, fewer, again=layout.config.compute.computes_again)
     slots_spec = P(None, part.groups or None, None, part.width or None)
     extra_spec = P(None, part.groups or None)
     held_spec = {n: layouts.free_spec(mesh, layout.spec(ROLES[n])) for n in held}
     inputs = slots_spec, extra_spec, extra_spec, held_spec
-    # What the backward needs of a device is a part of a leading dim.
-    kept_spec = slots_spec if layer.again else P(part.axes or None)
+    kept_spec = slots_spec if layer.again else layer.kept_spec
 
     def local(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         if not free:
@@ -115,7 +152,8 @@ def _carry(
 
     @jax.custom_vjp
     def run(xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> jax.Array:
-        return local(layer.outputs, inputs, slots_spec)(xs, gates, keys, held)
+        outputs = local(lambda *args: layer.forward(*args)[0], inputs, slots_spec)
+        return outputs(xs, gates, keys, held)
 
     def forward(xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> tuple:
         if layer.again:
@@ -131,7 +169,7 @@ def _carry(
         return dxs, dgates, None, dheld
 
     run.defvjp(forward, backward)
-    return run(xs_EGCM, gate_EGC, key_EGC2, held)
+    return run(xs_EGCM, gate_EGC, extras, held)
 
 
 class _Piece(NamedTuple):
@@ -147,7 +185,7 @@ class _Piece(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One layer on one device.
 
     Attributes:
@@ -164,8 +202,17 @@ class _Layer:
     fewer: bool
     again: bool
 
-    def outputs(self, xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> jax.Array:
-        return self.forward(xs, gates, keys, held)[0]
+    @classmethod
+    def of(cls, layout: Layout, config: configs.MoEConfig, *, fewer: bool) -> "Layer":
+        """Returns the layer on each device of the mesh that is set, or of the layout's."""
+        free = layouts.free_axes(layouts.mesh_here(layout))
+        part = Part.of(layout, layout.config.exchange.fetch, free)
+        return cls(part, config, fewer, again=layout.config.compute.computes_again)
+
+    @property
+    def kept_spec(self) -> P:
+        """How devices differ in what `forward` keeps, of which each has a part of dim 0."""
+        return P(self.part.axes or None)
 
     def forward(
         self, xs_EgCm: jax.Array, gates: jax.Array, keys: Any, held: Weights

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from gshard_moe.exchange import chunks
+from gshard_moe import config as configs
+from gshard_moe.exchange import chunks, levels
 from gshard_moe.exchange.rows import collectives as of_rows
 from gshard_moe.exchange.spmd import collectives as of_spmd
 from gshard_moe.layout import Layout, traffic
@@ -15,7 +16,7 @@ def collectives(
     shapes: Mapping[str, Sequence[int]],
     itemsize: int,
     *,
-    num_inputs: int,
+    config: configs.MoEConfig,
     recomputed: bool,
 ) -> list[Collective]:
     """Returns what one MoE layer's exchange sends in a training step, beside its weights.
@@ -24,31 +25,53 @@ def collectives(
       layout: on a mesh.
       shapes: of the roles `groups`, `slots` and `rows`, of all devices.
       itemsize: bytes of one element.
-      num_inputs: input matrices of an expert; each has its own gradient of the tokens.
+      config: of the layer.
       recomputed: the backward runs the forward again, and its exchange with it.
     """
     if layout.config.compute.dispatch == "ragged":
         return of_rows(layout, shapes["rows"], itemsize, recomputed=recomputed)
+    if _on_two_levels(layout):
+        return levels.of_tokens(
+            layout,
+            shapes["groups"],
+            shapes["slots"],
+            itemsize,
+            config=config,
+            recomputed=recomputed,
+        )
     return of_spmd(
         layout,
         shapes["groups"],
         shapes["slots"],
         itemsize,
-        num_inputs=num_inputs,
+        num_inputs=2 if config.gated else 1,
         recomputed=recomputed,
     )
 
 
 def of_weight(
-    layout: Layout, whole: Sequence[Collective], sizes: Mapping[str, int]
+    layout: Layout,
+    role: str,
+    shape: Sequence[int],
+    itemsize: int,
+    *,
+    whole: Sequence[Collective],
+    sizes: Mapping[str, int],
 ) -> list[Collective]:
-    """Returns what an expert weight's gathers and its gradient's sums become in chunks.
+    """Returns what an expert weight and its gradient send in a training step.
 
     Args:
       layout: on a mesh.
-      whole: what they are without.
+      role: of the weight.
+      shape: of it; of more layers where there is one more dim.
+      itemsize: bytes of one element.
+      whole: what its gathers and its gradient's sums are where nothing is in chunks.
       sizes: of the dims E and C.
     """
+    if _on_two_levels(layout):  # each weight is used once, for all chunks
+        if layout.config.exchange.fetch == 1:
+            return list(whole)
+        return [*whole, *levels.of_weight(layout, role, shape, itemsize)]
     count = layout.config.exchange.chunks
     if count == 1 or layout.config.compute.dispatch == "ragged":
         return list(whole)
@@ -59,3 +82,11 @@ def of_weight(
     # By capacity they are gathered once, and each chunk's gradient is summed by itself.
     sums = [c for c in whole if c.kind in ("all-reduce", "reduce-scatter")]
     return [c for c in whole if c not in sums] + traffic.times(sums, count)
+
+
+def _on_two_levels(layout: Layout) -> bool:
+    """Whether there are two: one node is one level, but where weights travel."""
+    exchange = layout.config.exchange
+    if not exchange.levels:
+        return False
+    return exchange.fetch != 1 or layout.axis_sizes[exchange.levels[0]] > 1

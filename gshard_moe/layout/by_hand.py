@@ -64,7 +64,7 @@ def gathering(
     """
     if exchange.weights == "gather":
         return fetch
-    if exchange.levels and fetch == devices:
+    if exchange.levels and fetch == devices > 1:
         return devices // sizes[exchange.levels[0]]
     return 1
 

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from gshard_moe import cards, config
-from gshard_moe.layout import by_hand, flash, notation, ragged, sizes
+from gshard_moe.layout import by_hand, flash, levels, notation, ragged, sizes
 
 # A parameter is `stored` between steps, `used` in the computation (the axes of `layout.gather`
 # dropped), and its master copy and moments are in the `optimizer`'s layout.
@@ -341,12 +341,13 @@ class Layout:
         def axes_of(role: str, letter: str, stage: Stage = "used") -> tuple[str, ...]:
             return tuple(axis for axis in self.axes_of(role, letter, stage) if mesh[axis] > 1)
 
+        found = levels.faults(self.config, self.axes_of("slots_wire", "E"), mesh)
         if self.config.compute.dispatch == "ragged":
-            return ragged.faults(axes_of)
+            return found + ragged.faults(axes_of)
         if exchange.tokens == "all_to_all":
             ours = [role for role in weights if role.startswith("expert_")]
-            return by_hand.faults(axes_of, ours, exchange, mesh)
-        return []
+            return found + by_hand.faults(axes_of, ours, exchange, mesh)
+        return found
 
     def _chunk_faults(self, num_experts: int, capacity: int) -> list[str]:
         """Says if slots are to be cut into more chunks than there are."""

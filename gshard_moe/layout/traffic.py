@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from gshard_moe.layout.layout import Layout, Stage
 
-Kind = Literal["all-to-all", "all-gather", "reduce-scatter", "all-reduce"]
+Kind = Literal["all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute"]
 
 
 class Collective(NamedTuple):

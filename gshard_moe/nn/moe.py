@@ -281,9 +281,9 @@ def _moe(
         # Sampling has groups of a few tokens.
         common["fewer"] = not train
         if layout is not None and layout.config.exchange.tokens == "all_to_all":
-            y_GSM = exchange.all_to_all(
-                groups.x_GSM, slots, weights.experts, layout=layout, **common
-            )
+            levels = layout.config.exchange.levels
+            member = exchange.two_level if levels else exchange.all_to_all
+            y_GSM = member(groups.x_GSM, slots, weights.experts, layout=layout, **common)
         else:
             y_GSM = exchange.spmd(
                 groups.x_GSM,

@@ -33,7 +33,9 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
     for _, role, shape in inventory.parameters(model):
         of_weight = _parameter(layout, role, shape, 4 if role in _FLOAT32 else itemsize)
         if role.startswith("expert_"):
-            of_weight = exchange.of_weight(layout, of_weight, sizes)
+            of_weight = exchange.of_weight(
+                layout, role, shape, itemsize, whole=of_weight, sizes=sizes
+            )
         passes += of_weight
         masters += _from_masters(layout, role, shape)
     if model.tied_embeddings:
@@ -48,7 +50,7 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
                 layout,
                 {role: _shape(role, sizes) for role in ("groups", "slots", "rows")},
                 itemsize,
-                num_inputs=2 if model.moe.gated else 1,
+                config=model.moe,
                 recomputed=recomputed,
             )
     tokens = _held(layout, "tokens", sizes, itemsize)

@@ -1,0 +1,52 @@
+"""What `[exchange] levels` asks of a layout, beside what its member does: experts in nodes."""
+
+from collections.abc import Mapping, Sequence
+
+from gshard_moe import config
+
+
+def faults(
+    sharding: config.ShardingConfig, experts: Sequence[str], sizes: Mapping[str, int]
+) -> list[str]:
+    """Returns why an exchange on two levels cannot be, each message with its key.
+
+    Args:
+      sharding: the card.
+      experts: the axes that E is split over on the wire.
+      sizes: of the mesh axes.
+    """
+    exchange = sharding.exchange
+    levels = exchange.levels
+    if not levels:
+        return []
+    strange = [axis for axis in levels if axis not in sizes]
+    if strange:
+        shown = ", ".join(map(repr, strange))
+        return [f"exchange.levels: an axis must be one of the mesh's {list(sizes)}; got {shown}"]
+    found = []
+    if tuple(experts) != levels:
+        found.append(
+            "exchange.levels: must be the axes that E is split over, in that order; got "
+            f"{list(levels)}, layout.slots_wire {'/'.join(('E', *experts))}; lay E out as "
+            f"{'/'.join(('E', *levels))}"
+        )
+    if exchange.tokens != "all_to_all":
+        found.append(
+            f'exchange.levels: must be none with tokens = "{exchange.tokens}", which crosses all '
+            'links at once; use tokens = "all_to_all"'
+        )
+    devices = sizes[levels[0]] * sizes[levels[1]]
+    if exchange.fetch not in (1, devices, "auto"):
+        shown = ", ".join(f"{axis}={sizes[axis]}" for axis in levels)
+        found.append(
+            "exchange.fetch: with exchange.levels must be 1 (tokens travel, once to a node) or all "
+            "devices of both levels (experts travel, once to a node); what is between would send "
+            f"to a node more than once; got fetch={exchange.fetch}, {shown}; use fetch = 1, "
+            f"fetch = {devices}, or levels = []"
+        )
+    if exchange.fetch == 1 and sharding.compute.dispatch == "einsum":
+        found.append(
+            'compute.dispatch: must be "gather" with exchange.levels: a list of tokens has no mask '
+            '[G, S, E, C]; got "einsum"'
+        )
+    return found
