@@ -13,13 +13,8 @@ from gshard_moe.train import state
 # Every sharding card but `single` fills the eight devices; E, G and B of `moe_config` and
 # `model_config` divide by any of their axes.
 SHARDED_CARDS = (
-    "data",
-    "fsdp",
-    "expert",
-    "expert_data",
-    "expert_fsdp",
-    "expert_model",
-    "two_level",
+    *("data", "fsdp", "expert", "expert_data", "expert_fsdp", "expert_model"),
+    *("two_level", "ragged"),
 )
 
 

@@ -74,7 +74,7 @@ def test_without_a_layout(priority, capacity_factor):
 
 @pytest.mark.parametrize("card", ["single", *cases.SHARDED_CARDS])
 def test_every_card(card):
-    check(integer_case.config(), cases.layout(card, dispatch="gather"))
+    check(integer_case.config(), cases.layout(card))
 
 
 @pytest.mark.parametrize("card", ["single", "expert_fsdp", "expert_model"])

@@ -377,6 +377,7 @@ PAIRS = (
     ("qwen3_30b_a3b", "fsdp"),
     ("gshard_600b", "expert_data"),
     ("tiny", "two_level"),
+    ("qwen3_30b_a3b", "ragged"),
 )
 OTHERS = [(m, s) for m in MODELS for s in cases.SHARDED_CARDS if (m, s) not in PAIRS]
 

@@ -212,6 +212,20 @@ class ExchangeConfig(Checked):
                 ),
                 f'must be {shown(default)} with tokens = "spmd", whose collectives XLA chooses',
             )
+        of_slots = {
+            "fetch": (1, "its experts stay, and each row goes to them"),
+            "levels": ((), "each row goes straight to its expert's device"),
+            "links": ("any", "its rows are not cut, so that no two pieces could take turns"),
+        }
+        for key, (default, reason) in of_slots.items():
+            faults.require(
+                key,
+                ("tokens", key),
+                lambda key=key, default=default: (
+                    self.tokens != "ragged" or getattr(self, key) == default
+                ),
+                f'must be {shown(default)} with tokens = "ragged": {reason}; use "all_to_all"',
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

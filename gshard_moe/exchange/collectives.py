@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from gshard_moe import config as configs
 from gshard_moe.exchange import chunks, levels
+from gshard_moe.exchange.ragged import collectives as of_ragged
 from gshard_moe.exchange.rows import collectives as of_rows
 from gshard_moe.exchange.spmd import collectives as of_spmd
 from gshard_moe.layout import Layout, traffic
@@ -23,11 +24,15 @@ def collectives(
 
     Args:
       layout: on a mesh.
-      shapes: of the roles `groups`, `slots` and `rows`, of all devices.
+      shapes: of the roles `groups`, `choices`, `slots` and `rows`, of all devices.
       itemsize: bytes of one element.
       config: of the layer.
       recomputed: the backward runs the forward again, and its exchange with it.
     """
+    if layout.config.exchange.tokens == "ragged":
+        return of_ragged(
+            layout, shapes, itemsize, dropout=config.expert_dropout > 0, recomputed=recomputed
+        )
     if layout.config.compute.dispatch == "ragged":
         return of_rows(layout, shapes["rows"], itemsize, recomputed=recomputed)
     if _on_two_levels(layout):

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Key
 
 from gshard_moe import config as configs
 from gshard_moe import experts
-from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Rows, Served, rows
+from gshard_moe.exchange import on_devices
 from gshard_moe.experts import ExpertWeights, Use
 from gshard_moe.layout import Layout, traffic
 from gshard_moe.layout.traffic import Collective
@@ -51,12 +51,12 @@ def exchange(
       The weighted sum of each token's served experts.
     """
     # Groups and rows are split alike; of the groups of a device, the rows are one list.
-    split = P(_axes(layout, "groups", "G"))
+    split = P(on_devices.axes_of(layout, "groups", "G"))
     num_experts = config.num_experts
     asked = "auto" if layout is None else layout.config.compute.grouped_matmul
     backend = experts.choose_backend(asked, layouts.platform_of(layout))
     # Rows to spare save `loops` a copy; where rows are summed over devices, they would travel too.
-    summed = _free(layout, _axes(layout, "rows_hidden", "H"))
+    summed = on_devices.free_of(layout, on_devices.axes_of(layout, "rows_hidden", "H"))
     room = experts.ROOM if backend == "loops" and not summed else 0
 
     def lay(role: str, x: jax.Array) -> jax.Array:
@@ -78,8 +78,8 @@ def exchange(
 
     with jax.named_scope("dispatch"):
         places: Any = Rows(*[split] * 3)  # pyright: ignore[reportArgumentType]
-        found = _on_each_device(layout, sort, (split,), places)(served.expert_GSK)
-        xs_RM = _differentiably(layout, dispatch, (split, places), split)(x_GSM, found)
+        found = on_devices.on_each_device(layout, sort, (split,), places)(served.expert_GSK)
+        xs_RM = on_devices.differentiably(layout, dispatch, (split, places), split)(x_GSM, found)
         xs_RM = lay("rows", xs_RM)
     with jax.named_scope("expert"):
         hidden = functools.partial(lay, "rows_hidden")
@@ -96,7 +96,7 @@ def exchange(
         return rows.combine(ys_RM, gate_TK, found).reshape(*gate_GSK.shape[:2], -1)
 
     with jax.named_scope("combine"):
-        run = _differentiably(layout, combine, (split, split, places), split)
+        run = on_devices.differentiably(layout, combine, (split, split, places), split)
         return run(ys_RM, served.gate_GSK, found)
 
 
@@ -110,27 +110,27 @@ def _form(
     dropout_key_G: jax.Array | None,
 ) -> experts.Form:
     """Returns the form of rows [R, ...] for the experts' network."""
-    local = functools.partial(_on_each_device, layout)
-    row_axes = _axes(layout, "groups", "G")
-    hidden_axes = _axes(layout, "rows_hidden", "H")
+    local = functools.partial(on_devices.on_each_device, layout)
+    row_axes = on_devices.axes_of(layout, "groups", "G")
+    hidden_axes = on_devices.axes_of(layout, "rows_hidden", "H")
 
     def multiply(role: str, x_RX: jax.Array, *weights_EXX: jax.Array) -> tuple[jax.Array, ...]:
         split_in = hidden_axes if role == "expert_out" else ()
         split_out = hidden_axes if role == "expert_in" else ()
-        partial_over = _free(layout, split_in)
+        partial_over = on_devices.free_of(layout, split_in)
 
         def products(x_RX: jax.Array, weights_EXX: tuple, count_1E: jax.Array) -> tuple:
             # Marked once, so that the gradient is summed once for all of them.
             x_RX = experts.varying_alike(x_RX, *weights_EXX)[0]
             found = [grouped_matmul(x_RX, weight, count_1E[0]) for weight in weights_EXX]
-            return tuple(_summed(y_RX, partial_over) for y_RX in found)
+            return tuple(on_devices.summed(y_RX, partial_over) for y_RX in found)
 
         # Gathered for this use and not kept: see `experts.linear`.
         @jax.checkpoint
         def gathered(x_RX: jax.Array, weights_EXX: tuple, count_DE: jax.Array) -> tuple:
             weights_EXX = tuple(use(role, weight.astype(x_RX.dtype)) for weight in weights_EXX)
             specs = P(row_axes, split_in), P(None, split_in, split_out), P(row_axes)
-            run = _differentiably(layout, products, specs, P(row_axes, split_out))
+            run = on_devices.differentiably(layout, products, specs, P(row_axes, split_out))
             return run(x_RX, weights_EXX, count_DE)
 
         return gathered(x_RX, weights_EXX, found.count_E)
@@ -165,8 +165,8 @@ def _by_loops(
     room: int,
 ) -> jax.Array:
     """Runs the experts' network, expert by expert, whole: see `experts.over_experts`."""
-    split_rows = P(_axes(layout, "groups", "G"))
-    hidden = _axes(layout, "rows_hidden", "H")
+    split_rows = P(on_devices.axes_of(layout, "groups", "G"))
+    hidden = on_devices.axes_of(layout, "rows_hidden", "H")
     split_of = {
         "in_EMH": P(None, None, hidden),
         "gate_EMH": P(None, None, hidden),
@@ -174,7 +174,7 @@ def _by_loops(
         "gate_bias_EH": P(None, hidden),
         "out_EHM": P(None, hidden),
     }
-    partial_over = _free(layout, hidden)
+    partial_over = on_devices.free_of(layout, hidden)
     held = {name: w for name in split_of if (w := getattr(weights, name)) is not None}
 
     def network(own: dict[str, jax.Array], x_TM: jax.Array) -> jax.Array:
@@ -182,14 +182,14 @@ def _by_loops(
 
     def run(x_RM: jax.Array, held: dict[str, jax.Array], count_1E: jax.Array) -> jax.Array:
         y_RM = experts.over_experts(network, held, x_RM, count_1E[0], room=room)
-        return _summed(y_RM, partial_over)
+        return on_devices.summed(y_RM, partial_over)
 
     # Gathered for this use and not kept: see `experts.linear`.
     @jax.checkpoint
     def gathered(x_RM: jax.Array, held: dict[str, jax.Array], count_DE: jax.Array) -> jax.Array:
         used = {name: use(experts.ROLES[name], w.astype(x_RM.dtype)) for name, w in held.items()}
         specs = split_rows, {name: split_of[name] for name in held}, split_rows
-        return _differentiably(layout, run, specs, split_rows)(x_RM, used, count_DE)
+        return on_devices.differentiably(layout, run, specs, split_rows)(x_RM, used, count_DE)
 
     ys_RM = gathered(xs_RM, held, found.count_E)
     if weights.out_bias_EM is None:
@@ -207,8 +207,10 @@ def _expert_of_rows(count_1E: jax.Array, choice_R: jax.Array) -> jax.Array:
 
 def _bias_of_rows(layout: Layout | None, found: Rows, bias_EX: jax.Array) -> jax.Array:
     """Returns each row's expert's bias."""
-    row_axes = _axes(layout, "groups", "G")
-    local = _on_each_device(layout, _expert_of_rows, (P(row_axes), P(row_axes)), P(row_axes))
+    row_axes = on_devices.axes_of(layout, "groups", "G")
+    local = on_devices.on_each_device(
+        layout, _expert_of_rows, (P(row_axes), P(row_axes)), P(row_axes)
+    )
     expert_R = local(found.count_E, found.choice_R)
     # Rows that are left over may hold anything, and have no gradient.
     return jnp.where(found.choice_R[:, None] >= 0, bias_EX[expert_R], 0)
@@ -229,65 +231,3 @@ def collectives(
     hidden = layout.axes_of("rows_hidden", "H")
     sums = traffic.one(layout, "all-reduce", hidden, held, "rows")
     return traffic.times(sums, 2 + recomputed)
-
-
-def _differentiably(
-    layout: Layout | None, f: Callable, in_specs: Sequence[Any], out_spec: P
-) -> Callable[..., Any]:
-    """Runs `f(*arrays, fixed)` on each device's parts; differentiable in all but the last argument.
-
-    JAX 0.12 cannot take the gradient of one `shard_map` inside another, so the gradient is a
-    `shard_map` of its own here, which computes `f` again; what of it is not used, XLA removes.
-    """
-    local = functools.partial(_on_each_device, layout)
-
-    @jax.custom_vjp
-    def run(arrays: tuple, fixed: Any) -> Any:
-        return local(f, tuple(in_specs), out_spec)(*arrays, fixed)
-
-    def forward(arrays: tuple, fixed: Any) -> tuple:
-        return run(arrays, fixed), (arrays, fixed)
-
-    def backward(saved: tuple, dy: Any) -> tuple:
-        def gradients(arrays: tuple, fixed: Any, dy: Any) -> tuple:
-            return jax.vjp(lambda *arrays: f(*arrays, fixed), *arrays)[1](dy)
-
-        *specs, fixed_spec = in_specs
-        of_arrays = tuple(specs)
-        return local(gradients, (of_arrays, fixed_spec, out_spec), of_arrays)(*saved, dy), None
-
-    run.defvjp(forward, backward)
-
-    def marked(*args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(args[:-1])
-        return run(tree.unflatten(experts.varying_alike(*leaves)), args[-1])
-
-    return marked
-
-
-def _on_each_device(layout: Layout | None, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """Runs `f` on each device's parts; inside `shard_map`, on those that are there already."""
-    if layout is None:
-        return f
-    mesh = layouts.mesh_here(layout)
-    free = functools.partial(layouts.free_spec, mesh)
-    specs = jax.tree.map(free, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P))
-    if all(spec == P(*[None] * len(spec)) for spec in jax.tree.leaves(specs)):
-        return f
-    axes = set(layouts.free_axes(mesh))
-    return jax.shard_map(f, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=axes)
-
-
-def _axes(layout: Layout | None, role: str, letter: str) -> tuple[str, ...]:
-    return () if layout is None else layout.axes_of(role, letter)
-
-
-def _free(layout: Layout | None, axes: Sequence[str]) -> list[str]:
-    """Returns those of the axes over which the arrays here are still global."""
-    free = () if layout is None else layouts.free_axes(layouts.mesh_here(layout))
-    return [axis for axis in axes if axis in free]
-
-
-def _summed(y_RX: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Adds up, inside `shard_map`, the parts of a product over a dim that is split over `axes`."""
-    return jax.lax.psum(y_RX, axes) if axes else y_RX

@@ -342,6 +342,8 @@ class Layout:
             return tuple(axis for axis in self.axes_of(role, letter, stage) if mesh[axis] > 1)
 
         found = levels.faults(self.config, self.axes_of("slots_wire", "E"), mesh)
+        if exchange.tokens == "ragged":
+            return found + ragged.exchange_faults(axes_of)
         if self.config.compute.dispatch == "ragged":
             return found + ragged.faults(axes_of)
         if exchange.tokens == "all_to_all":

@@ -1,49 +1,109 @@
-"""What the dispatch `ragged` asks of a layout: that a device has whole experts, or whole slices."""
+"""What rows (the dispatch `ragged`) ask of a layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # The axes of more than one device that a dim of a role is split over, where it is used.
 AxesOf = Callable[[str, str], tuple[str, ...]]
 
 
 def faults(axes_of: AxesOf) -> list[str]:
-    """Returns why rows cannot be computed under a layout, each message with its key.
+    """Returns why rows cannot be computed where their tokens are, each message with its key.
 
     Each device sorts its own tokens by expert, so it must have every expert (stored anywhere, if it
     is gathered for its use); an expert's hidden dim alone may be split.
     """
-    found = []
-
-    def require(key: str, holds: bool, message: str) -> None:
-        if not holds:
-            found.append(f'layout.{key}: with compute.dispatch = "ragged" {message}')
-
+    found = _Faults('compute.dispatch = "ragged"')
     for role in ("expert_in", "expert_out"):
         split = axes_of(role, "E")
-        axes = "/".join(split)
-        require(
+        found.require(
             role,
             not split,
-            f"E must be whole where it is used; got E/{axes}; add {', '.join(map(repr, split))} to "
-            'layout.gather, or use the dispatch "gather"',
+            f"E must be whole where it is used; got {_shown('E', split)}; add "
+            f"{', '.join(map(repr, split))} to layout.gather, send rows with exchange.tokens = "
+            '"ragged", or use the dispatch "gather"',
         )
         split = axes_of(role, "M")
-        axes = "/".join(split)
-        require(role, not split, f"M must be whole where it is used; got M/{axes}")
+        found.require(
+            role, not split, f"M must be whole where it is used; got {_shown('M', split)}"
+        )
+    _hidden_and_rows(found, axes_of, ("expert_in", "expert_out"))
+    return found.messages
+
+
+def exchange_faults(axes_of: AxesOf) -> list[str]:
+    """Returns why rows cannot travel to their experts, each message with its key.
+
+    Every device has tokens of its own and experts of its own, whole or split in their hidden dim.
+    """
+    found = _Faults('exchange.tokens = "ragged"')
+    weights = ("expert_in", "expert_out", "expert_in_bias", "expert_out_bias")
+    experts, groups = axes_of("expert_in", "E"), axes_of("groups", "G")
+    for role in weights:
+        split = axes_of(role, "E")
+        found.require(
+            role,
+            split == experts,
+            f"E must be split as expert_in's where it is used; got {_shown('E', split)}, "
+            f"expert_in {_shown('E', experts)}; write the same axes",
+        )
+    more = [axis for axis in experts if axis not in groups]
+    found.require(
+        "groups",
+        not more,
+        f"G must be split over every axis of expert_in's E, so that no token is there twice; got "
+        f"{_shown('G', groups)}, {_shown('E', experts)}; write {_shown('G', [*groups, *more])}",
+    )
+    for role in ("expert_in", "expert_out", "expert_out_bias"):
+        split = axes_of(role, "M")
+        found.require(
+            role,
+            not split,
+            f"M must be whole where it is used; got {_shown('M', split)}; add "
+            f"{', '.join(map(repr, split))} to layout.gather",
+        )
+    _hidden_and_rows(found, axes_of, ("expert_in", "expert_out", "expert_in_bias"))
+    hidden, wire = axes_of("rows_hidden", "H"), axes_of("slots_wire", "M")
+    found.require(
+        "slots_wire",
+        set(wire) <= set(hidden),
+        "M may be split only over axes of rows_hidden's H, whose sums are scattered over it; got "
+        f"{_shown('M', wire)}, {_shown('H', hidden)}; write M whole",
+    )
+    return found.messages
+
+
+class _Faults:
+    """Messages, each with its key and the choice that asks for it."""
+
+    def __init__(self, choice: str):
+        self.choice = choice
+        self.messages: list[str] = []
+
+    def require(self, key: str, holds: bool, message: str) -> None:
+        if not holds:
+            self.messages.append(f"layout.{key}: with {self.choice} {message}")
+
+
+def _hidden_and_rows(found: _Faults, axes_of: AxesOf, with_hidden: Sequence[str]) -> None:
+    """Requires one split of the hidden dim, and the rows to be split as the groups, and no more."""
     hidden = axes_of("rows_hidden", "H")
-    for role in ("expert_in", "expert_out"):
+    for role in with_hidden:
         split = axes_of(role, "H")
-        require(
+        found.require(
             "rows_hidden",
             split == hidden,
             f"H must be split as {role}'s; got {list(hidden)}, {role} {list(split)}",
         )
     groups, split = axes_of("groups", "G"), axes_of("rows", "R")
     message = f"R must be split as the G of groups; got {list(split)}, groups {list(groups)}"
-    require("rows", split == groups, message)
+    found.require("rows", split == groups, message)
     message = f"R must be split as that of rows; got {list(axes_of('rows_hidden', 'R'))}"
-    require("rows_hidden", axes_of("rows_hidden", "R") == split, message)
+    found.require("rows_hidden", axes_of("rows_hidden", "R") == split, message)
     for role, letter in (("groups", "S"), ("rows", "M")):
         split = axes_of(role, letter)
-        require(role, not split, f"{letter} must be whole; got {letter}/{'/'.join(split)}")
-    return found
+        found.require(role, not split, f"{letter} must be whole; got {_shown(letter, split)}")
+
+
+def _shown(letter: str, axes: Sequence[str]) -> str:
+    """Writes a dim as a card does."""
+    return "/".join([letter, *axes])

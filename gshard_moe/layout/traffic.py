@@ -11,7 +11,14 @@ from typing import Literal, NamedTuple
 
 from gshard_moe.layout.layout import Layout, Stage
 
-Kind = Literal["all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute"]
+Kind = Literal[
+    "all-to-all",
+    "ragged-all-to-all",
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "collective-permute",
+]
 
 
 class Collective(NamedTuple):

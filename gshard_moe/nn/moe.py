@@ -263,15 +263,10 @@ def _moe(
     if _takes_rows(x_BLM, config, layout, train=train):
         with jax.named_scope("dispatch"):
             served, limit = _served(chosen, slots, config, train=train)
-        y_GSM = exchange.rows(
-            groups.x_GSM,
-            served,
-            weights.experts,
-            layout=layout,
-            use=use,
-            slots_of_group=limit,
-            **common,
-        )
+        travels = layout is not None and layout.config.exchange.tokens == "ragged"
+        member = exchange.ragged if travels else exchange.rows
+        more: Any = {"layout": layout, "use": use, "slots_of_group": limit}
+        y_GSM = member(groups.x_GSM, served, weights.experts, **more, **common)
     else:
         with jax.named_scope("dispatch"):
             if slots is None:

@@ -48,7 +48,7 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
         if model.moe is not None and moe:
             passes += exchange.collectives(
                 layout,
-                {role: _shape(role, sizes) for role in ("groups", "slots", "rows")},
+                {role: _shape(role, sizes) for role in ("groups", "choices", "slots", "rows")},
                 itemsize,
                 config=model.moe,
                 recomputed=recomputed,
