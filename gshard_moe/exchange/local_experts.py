@@ -158,8 +158,17 @@ def _form(
 
 def expert_of_rows(order: Rows) -> jax.Array:
     """Returns each row's expert; of rows that are left over, any."""
-    expert_E = jnp.arange(order.count_E.shape[0])
-    return jnp.repeat(expert_E, order.count_E, total_repeat_length=order.choice_R.shape[0])
+    return run_of_rows(order.count_E, order.choice_R.shape[0])
+
+
+def run_of_rows(count_X: jax.Array, length: int) -> jax.Array:
+    """Returns in which of some runs of rows each row is; past the end, the last.
+
+    Each row counts the runs that end before it, which fuses; `jnp.repeat` is a scatter and a sum.
+    """
+    end_X = jnp.cumsum(count_X)
+    run_R = (jnp.arange(length)[:, None] >= end_X[None]).sum(axis=1)
+    return jnp.minimum(run_R, count_X.shape[0] - 1)
 
 
 def _bias_of_rows(bias_eX: jax.Array, order: Rows) -> jax.Array:

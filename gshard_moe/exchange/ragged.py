@@ -241,19 +241,27 @@ def _by_expert(count_De: jax.Array, num_rows: int, room: int) -> Rows:
     count_Y = count_De.T.reshape(-1)
     sorted_Y = jnp.cumsum(count_Y) - count_Y
 
-    def follow(count: jax.Array, here: jax.Array, there: jax.Array, length: int) -> jax.Array:
-        """Returns, for each row in one order, its place in the other."""
-        row = jnp.arange(length)
-        run = jnp.repeat(jnp.arange(len(count)), count, total_repeat_length=length)
-        return jnp.where(row < count.sum(), there[run] + row - here[run], -1)
-
     to_arrived_Y = arrived_X.reshape(parts, num_experts).T.reshape(-1)
     to_sorted_X = sorted_Y.reshape(num_experts, parts).T.reshape(-1)
     return Rows(
-        follow(count_Y, sorted_Y, to_arrived_Y, num_rows + room),
-        follow(count_X, arrived_X, to_sorted_X, num_rows)[:, None],
+        _followed(count_Y, sorted_Y, to_arrived_Y, num_rows + room),
+        _followed(count_X, arrived_X, to_sorted_X, num_rows)[:, None],
         count_De.sum(axis=0),
     )
+
+
+def _followed(count_X: jax.Array, begin_X: jax.Array, there_X: jax.Array, length: int) -> jax.Array:
+    """Returns each row's place in another order, of runs of rows that both have; -1 past the end.
+
+    Args:
+      count_X: rows of each run.
+      begin_X: where it begins in the one order.
+      there_X: where it begins in the other.
+      length: of the one order.
+    """
+    row_R = jnp.arange(length)
+    shift_R = (there_X - begin_X)[local_experts.run_of_rows(count_X, length)]
+    return jnp.where(row_R < count_X.sum(), row_R + shift_R, -1)
 
 
 def _unsorted(order: Rows, num_rows: int) -> Rows:

@@ -4,6 +4,9 @@ As `jax.lax.ragged_all_to_all`, with two differences. JAX's gradient exchanges t
 here a `Route` holds what both ends know, exchanged once. And XLA has no such collective on CPUs
 (jax issue 34755): there all rows are gathered on every device, which takes its own; the bits are
 the same.
+
+On GPUs XLA's one-shot kernel has corrupted gradients of it in silence (marin issue 8077); the flag
+`--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true` avoids that kernel.
 """
 
 import functools
