@@ -31,8 +31,8 @@ MESHES = (
     ("expert_fsdp", "fsdp=4,expert=2"),
     ("expert_model", "expert=2,model=4"),
     ("expert_model", "expert=4,model=2"),
-    ("expert_ragged", None),
-    ("expert_ragged", "fsdp=8,expert=1"),
+    ("ragged", None),
+    ("ragged", "fsdp=8,expert=1"),
 )
 # A CPU's own choice, `loops`, takes longest to compile: a branch for each size of a tile.
 FAST = {"grouped_matmul": "ragged_dot"}
@@ -215,7 +215,7 @@ def test_a_train_step_with_remat_and_a_scan_over_layers():
         )
         return metrics.loss, after.params
 
-    layout = ragged("expert_ragged", "fsdp=2,expert=4", **FAST)
+    layout = ragged("ragged", "fsdp=2,expert=4", **FAST)
     assert layout.config.compute == dataclasses.replace(
         layout.config.compute, layers="scan", remat="full"
     )
@@ -364,7 +364,7 @@ def test_collectives_by_hand():
 
 def test_a_step_counts_them_by_layer():
     model = cases.model_config(cases.moe_config(**DROPLESS, every=2))
-    found = train_traffic.collectives(model, ragged("expert_ragged").on(8))
+    found = train_traffic.collectives(model, ragged("ragged").on(8))
     # Two MoE layers of four, each recomputed.
     assert sum(c.count for c in found if c.kind == "ragged-all-to-all") == 2 * 6
     assert sum(c.count for c in found if c.kind == "all-to-all") == 2 * 4

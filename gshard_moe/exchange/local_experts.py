@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gshard_moe import config as configs
 from gshard_moe import experts
+from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Rows
 from gshard_moe.exchange import on_devices
 from gshard_moe.experts import ROLES, ExpertWeights
@@ -50,7 +51,7 @@ class Experts:
             tuple(free(layout.axes_of("rows_hidden", "H"))),
             tuple(free(layout.axes_of("slots_wire", "M"))),
             gather,
-            experts.choose_backend(asked, on_devices.platform_of(layout)),
+            experts.choose_backend(asked, layouts.platform_of(layout)),
         )
 
     @property

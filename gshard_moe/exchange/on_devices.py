@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gshard_moe import experts
@@ -54,7 +53,7 @@ def on_each_device(layout: Layout | None, f: Callable, in_specs: Any, out_specs:
     """Runs `f` on each device's parts; inside `shard_map`, on those that are there already."""
     if layout is None:
         return f
-    mesh = mesh_of(layout)
+    mesh = layouts.mesh_here(layout)
     free = functools.partial(layouts.free_spec, mesh)
     specs = jax.tree.map(free, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P))
     if all(spec == P(*[None] * len(spec)) for spec in jax.tree.leaves(specs)):
@@ -70,22 +69,10 @@ def axes_of(layout: Layout | None, role: str, letter: str) -> tuple[str, ...]:
 
 def free_of(layout: Layout | None, axes: Sequence[str]) -> list[str]:
     """Returns those of the axes over which the arrays here are still global."""
-    free = () if layout is None else layouts.free_axes(mesh_of(layout))
+    free = () if layout is None else layouts.free_axes(layouts.mesh_here(layout))
     return [axis for axis in axes if axis in free]
 
 
 def summed(y_RX: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Adds up, inside `shard_map`, the parts of a product over a dim that is split over `axes`."""
     return jax.lax.psum(y_RX, axes) if axes else y_RX
-
-
-def mesh_of(layout: Layout) -> Mesh | AbstractMesh:
-    """Returns the mesh that is set, else the layout's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return layout.mesh() if mesh.empty else mesh
-
-
-def platform_of(layout: Layout | None) -> str:
-    """Returns what the layout's devices are, or the default's if they are not known."""
-    mesh = None if layout is None else layout.mesh()
-    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()

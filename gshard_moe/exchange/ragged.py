@@ -87,7 +87,7 @@ def exchange(
             dropout_key_G=dropout_key_G,
         )
     _refuse_taken(layout, axes)
-    here = _Here(axes, Experts.of(layout), on_devices.platform_of(layout) == "cpu", slots_of_group)
+    here = _Here(axes, Experts.of(layout), layouts.platform_of(layout) == "cpu", slots_of_group)
     held = {name: w for name, w in weights._asdict().items() if w is not None}
     for name, weight in held.items():
         layout.shape_per_device(ROLES[name], weight.shape)  # or says what does not divide
@@ -100,7 +100,7 @@ def exchange(
         (P(groups), None if dropout_key_G is None else P(groups)),
     )
     run = functools.partial(_on_a_device, here=here, config=config)
-    mesh = on_devices.mesh_of(layout)
+    mesh = layouts.mesh_here(layout)
     if len(layouts.free_axes(mesh)) < len(mesh.axis_names):
         run = on_devices.differentiably(layout, run, specs, tokens)
     else:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from gshard_moe import config as configs
 from gshard_moe import experts
+from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Rows, Served, rows
 from gshard_moe.exchange import on_devices
 from gshard_moe.experts import ExpertWeights, Use
