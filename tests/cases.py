@@ -13,8 +13,8 @@ from gshard_moe.train import state
 # Every sharding card but `single` fills the eight devices; E, G and B of `moe_config` and
 # `model_config` divide by any of their axes.
 SHARDED_CARDS = (
-    *("data", "fsdp", "expert", "expert_data", "expert_fsdp", "expert_model"),
-    *("two_level", "ragged"),
+    *("data", "fsdp", "expert", "expert_data", "expert_fsdp", "expert_model", "spmd"),
+    *("all_to_all", "pipe_experts", "janus", "hybrid", "two_level", "ragged"),
 )
 
 
@@ -87,11 +87,13 @@ def params(config: ModelConfig) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def layout(card: str, *, mesh: MeshLike = None, chunks: int = 1, **compute) -> Layout:
+def layout(card: str, *, mesh: MeshLike = None, chunks: int | None = None, **compute) -> Layout:
     """A card's layout with other `[compute]`, on all devices; `single` is on the first."""
     sharding = load_sharding(card)
+    exchange = sharding.exchange
+    if chunks is not None:
+        exchange = dataclasses.replace(exchange, chunks=chunks)
     compute = dataclasses.replace(sharding.compute, **compute)
-    exchange = dataclasses.replace(sharding.exchange, chunks=chunks)
     sharding = dataclasses.replace(sharding, compute=compute, exchange=exchange)
     if mesh is None and sharding.mesh.shape == (1,):
         mesh = Layout(sharding, source=card).mesh(jax.devices()[:1])

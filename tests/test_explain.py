@@ -61,6 +61,26 @@ def test_for_people(capfd):
     assert "none" in capfd.readouterr().out
 
 
+def test_what_each_fetch_sends(capfd):
+    """By hand, of `tiny` in float32 on eight devices: E=8 G=16 C=80 M=128 H=192, SwiGLU."""
+    found = explained(capfd, "--model", "tiny", "--sharding", "hybrid", "--mesh", "fsdp=1")
+    (layers,) = found["fetches"]
+    assert layers["layers"] == [1, 3] and layers["fetch"] == 1
+    slots = 8 * 16 * 80 // 8
+    assert [row["fetch"] for row in layers["rows"]] == [1, 2, 4, 8]
+    # Four ways, the first again (full remat); gates twice, and their gradient.
+    assert layers["rows"][0]["tokens"] == slots * 4 * (128 * 5 + 3) * 7 // 8
+    # Three matrices go seven hops twice, the two of the inputs six again; gradients go eight.
+    assert layers["rows"][3]["weights"] == 128 * 192 * 4 * (3 * (7 * 2 + 8) + 2 * 6)
+    ratio = layers["rows"][0]["tokens"] / layers["rows"][3]["weights"]
+    assert layers["ratio"] == pytest.approx(ratio)
+    assert explained(capfd, "--model", "tiny", "--sharding", "expert")["fetches"] == []
+    assert job.call(["explain", "--model", "gshard_600b", "--sharding", "hybrid"]) == 0
+    assert "layers 1, 3, ... 35" in capfd.readouterr().out
+    assert job.call(["explain", "--model", "mixtral_8x7b", "--sharding", "janus"]) == 0
+    assert re.search("layers 0-31 .* 1 .*\n.* 8 .* this", capfd.readouterr().out, re.DOTALL)
+
+
 def test_it_needs_no_devices():
     """With a platform that is not there, nothing that touches devices would run."""
     command = [sys.executable, "-m", "gshard_moe", "explain", "--json"]

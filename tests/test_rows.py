@@ -183,7 +183,7 @@ def by_slots(changes: str):
 
 
 @pytest.mark.parametrize("changes", CONFIGS)
-@pytest.mark.parametrize("card", ["single", *cases.SHARDED_CARDS])
+@pytest.mark.parametrize("card", ["single", "data", "fsdp", *GATHERED])
 def test_rows_are_equal_to_slots_under_every_card(card: str, changes: str):
     data, want = by_slots(changes)
     check_close(layer_and_gradients(*data, ragged(card)), want)

@@ -378,6 +378,11 @@ PAIRS = (
     ("gshard_600b", "expert_data"),
     ("tiny", "two_level"),
     ("qwen3_30b_a3b", "ragged"),
+    ("gpt2_moe", "pipe_experts"),
+    ("qwen3_30b_a3b", "janus"),
+    ("mixtral_8x7b", "all_to_all"),
+    ("tiny", "hybrid"),
+    ("switch_base_8", "spmd"),
 )
 OTHERS = [(m, s) for m in MODELS for s in cases.SHARDED_CARDS if (m, s) not in PAIRS]
 

@@ -46,8 +46,10 @@ def explain(
     layout = layout.on(devices)
     tensors = inventory.tensors(config, layout, source=cards.source_of("models", model))
     collectives = traffic.collectives(config, layout)
+    fetches = traffic.fetches(config, layout)
     if json:
-        print(json_format.dumps(_report(devices, tensors, collectives), indent=1))
+        report = _report(devices, tensors, collectives, fetches)
+        print(json_format.dumps(report, indent=1))
         return 0
     # A row is one line, on a narrow terminal and in a file too.
     console = Console(highlight=False, width=max(Console().width, 150))
@@ -55,17 +57,30 @@ def explain(
     console.print(f"{model} under {sharding}, {devices} devices: {axes}\n")
     _print_tensors(console, tensors)
     _print_collectives(console, collectives)
+    _print_fetches(console, fetches)
     _print_totals(console, config, tensors)
     return 0
 
 
 def _report(
-    devices: int, tensors: list[inventory.Tensor], collectives: list[Collective]
+    devices: int,
+    tensors: list[inventory.Tensor],
+    collectives: list[Collective],
+    fetches: list[traffic.Fetch],
 ) -> dict[str, object]:
     return {
         "devices": devices,
         "tensors": [{key: getattr(tensor, key) for key in _REPORTED} for tensor in tensors],
         "collectives": [collective._asdict() for collective in collectives],
+        "fetches": [
+            {
+                "layers": list(layers),
+                "fetch": choice.fetch,
+                "ratio": choice.ratio,
+                "rows": [row._asdict() for row in choice.rows],
+            }
+            for layers, choice in fetches
+        ],
     }
 
 
@@ -101,6 +116,40 @@ def _print_collectives(console: Console, collectives: list[Collective]) -> None:
         table.add_row("none", "", "", "", "")
     console.print(table)
     console.print()
+
+
+def _print_fetches(console: Console, fetches: list[traffic.Fetch]) -> None:
+    """Prints, of each kind of layer, what every fetch would send; nothing without such layers."""
+    if not fetches:
+        return
+    title = "Tokens or weights: what a device sends over the expert axes, in one pass of a layer"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("layers", "R"):
+        table.add_column(name)
+    for name in ("fetch", "tokens", "weights"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for layers, choice in fetches:
+        named = (_numbers(layers), f"{choice.ratio:.3g}")
+        for row in choice.rows:
+            taken = "this" if row.fetch == choice.fetch else ""
+            sizes = shown_bytes(row.tokens), shown_bytes(row.weights)
+            table.add_row(*named, str(row.fetch), *sizes, taken)
+            named = ("", "")
+    console.print(table)
+    console.print()
+
+
+def _numbers(layers: tuple[int, ...]) -> str:
+    """Writes layers as a range, `0-31` or `1, 3, ... 31`, or one by one."""
+    first, last = layers[0], layers[-1]
+    if len(layers) == 1:
+        return f"layer {first}"
+    if layers == tuple(range(first, last + 1)):
+        return f"layers {first}-{last}"
+    if len(layers) > 3 and layers == tuple(range(first, last + 1, layers[1] - first)):
+        return f"layers {first}, {layers[1]}, ... {last}"
+    return f"layers {', '.join(map(str, layers))}"
 
 
 def _print_totals(

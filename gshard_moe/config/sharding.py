@@ -132,13 +132,13 @@ class ComputeConfig(Checked):
     unroll: int = 1
     remat: Remat = "none"
 
+    def _check(self, faults: Faults) -> None:
+        faults.positive("unroll")
+
     @property
     def computes_again(self) -> bool:
         """Whether a block's backward computes any of its forward again."""
         return self.remat not in ("none", "everything_saveable")
-
-    def _check(self, faults: Faults) -> None:
-        faults.positive("unroll")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class ExchangeConfig(Checked):
         `all_to_all`: the same by `shard_map`; `ragged`: rows instead of slots, so that what is not
         used is not sent (dropless).
       fetch: devices of a group. 1: experts stay; all devices of the expert axes: tokens stay
-        (Janus). `auto`: what sends the fewest bytes, see `exchange.choose`.
+        (Janus). `auto`: of each layer what sends the fewest bytes in a training step.
       weights: how a group shares them: `ring`: each device hands them on, and computes meanwhile;
         `gather`: at once.
       prefetch: of a ring: how many devices' weights are on their way while one's are used.
@@ -201,6 +201,12 @@ class ExchangeConfig(Checked):
             ("levels",),
             lambda: len(self.levels) in (0, 2) and len(set(self.levels)) == len(self.levels),
             "must be none, or two axes, the slower links' first",
+        )
+        faults.require(
+            "fetch",
+            ("fetch", "levels"),
+            lambda: self.fetch != "auto" or not self.levels,
+            "must be 1 (tokens travel) or the number of both levels' devices (experts do)",
         )
         of_shard_map = {"fetch": 1, "levels": (), "links": "any"}
         for key, default in of_shard_map.items():

@@ -31,8 +31,10 @@ from gshard_moe import config as configs
 from gshard_moe import experts
 from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Slots, einsum, gather
+from gshard_moe.exchange import choose
 from gshard_moe.exchange import chunks as chunking
 from gshard_moe.exchange.part import Part, Weights, vary
+from gshard_moe.exchange.transfers import Sizes
 from gshard_moe.experts import ROLES, ExpertWeights
 from gshard_moe.layout import Layout
 
@@ -78,10 +80,23 @@ def exchange(
         xs_EGCM = gather.dispatch(x_GSM, slots)
         add = functools.partial(gather.add, slots=slots)
     xs_EGCM = layout.constrain("slots_source", xs_EGCM)
-    layer = Layer.of(layout, config, fewer=fewer)
+    sizes = Sizes(
+        xs_EGCM.shape,
+        tuple((ROLES[name], w.shape) for name, w in held_of(weights).items()),
+        xs_EGCM.dtype.itemsize,
+        dropout=key_EGC2 is not None,
+        recomputed=layout.config.compute.computes_again,
+    )
+    part = choose.part_of(layout, sizes, layouts.free_axes(layouts.mesh_here(layout)))
+    layer = Layer(part, config, fewer, again=sizes.recomputed)
     ys_EGCM = carry(layer, xs_EGCM, gate_EGC, key_EGC2, weights, layout)
     with jax.named_scope("combine"):
         return add(layout.constrain("slots_source", ys_EGCM))
+
+
+def held_of(weights: ExpertWeights) -> Weights:
+    """Returns the weights that there are, by name."""
+    return {name: weight for name, weight in weights._asdict().items() if weight is not None}
 
 
 @runtime_checkable
@@ -136,7 +151,7 @@ def carry(
     """
     mesh = layouts.mesh_here(layout)
     free, part = layouts.free_axes(mesh), layer.part
-    held = {name: w for name, w in weights._asdict().items() if w is not None}
+    held = held_of(weights)
     slots_spec = P(None, part.groups or None, None, part.width or None)
     extra_spec = P(None, part.groups or None)
     held_spec = {n: layouts.free_spec(mesh, layout.spec(ROLES[n])) for n in held}
@@ -202,13 +217,6 @@ class Layer:
     fewer: bool
     again: bool
 
-    @classmethod
-    def of(cls, layout: Layout, config: configs.MoEConfig, *, fewer: bool) -> "Layer":
-        """Returns the layer on each device of the mesh that is set, or of the layout's."""
-        free = layouts.free_axes(layouts.mesh_here(layout))
-        part = Part.of(layout, layout.config.exchange.fetch, free)
-        return cls(part, config, fewer, again=layout.config.compute.computes_again)
-
     @property
     def kept_spec(self) -> P:
         """How devices differ in what `forward` keeps, of which each has a part of dim 0."""
@@ -221,7 +229,7 @@ class Layer:
         part = self.part
         xs, keys = self._by_block(xs_EgCm), self._extras(keys)
         gates = self._extras(gates)
-        where = self._cut(xs, part.config.chunks)
+        where = self._cut(xs, part.pieces)
         blocks, ring = _Blocks(part, xs), _Ring(part, part.used(held, xs.dtype))
         kept = []
         for step in range(part.ring):
@@ -258,11 +266,13 @@ class Layer:
           dys_EgCm: the gradients of the outputs.
         """
         part = self.part
+        # Else the compiler may keep what `forward` had gathered of them.
+        held, dys_EgCm = jax.lax.optimization_barrier((held, dys_EgCm))
         dys, keys = self._by_block(dys_EgCm), self._extras(keys)
         gates, gates_back = jax.vjp(self._extras, gates)
         used = functools.partial(part.used, dtype=dys.dtype)
         own, held_back = jax.vjp(used, held)
-        where = self._cut(dys, 1 if self.again else part.config.chunks)
+        where = self._cut(dys, 1 if self.again else part.pieces)
         blocks, gate_blocks, ring = _Blocks(part, dys), _Blocks(part, gates), _Ring(part, own)
         total: Weights = {}
         for step in range(part.ring):
@@ -287,10 +297,11 @@ class Layer:
             gate_blocks.put(step, _joined(where, dgates))
             mine = part.scattered(_joined_weights(where, dhere))
             total = jax.tree.map(jnp.add, part.handed_on(total), mine) if step else mine
+        total = {name: w.astype(dys.dtype) for name, w in total.items()}
         if part.ring > 1:
             total = part.handed_on(total)  # home
         (dgates,) = gates_back(gate_blocks.whole(gates.shape))
-        (dheld,) = held_back({name: w.astype(dys.dtype) for name, w in total.items()})
+        (dheld,) = held_back(total)
         return blocks.whole(dys_EgCm.shape), dgates, dheld
 
     def _again(
@@ -332,9 +343,6 @@ class Layer:
 
     def _cut(self, xs: jax.Array, chunks: int) -> chunking.Cut:
         size = {"num_experts": xs.shape[2], "capacity": xs.shape[4], "parts": 1}
-        # Where nothing travels there is nothing to hide.
-        if self.part.across == 1 and not self.part.hidden:
-            chunks = 1
         if self.fewer:
             chunks = min(chunks, chunking.most(**size))
         return chunking.cut(chunks, by=self.part.config.chunk_by, **size)

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gshard_moe import config as configs
-from gshard_moe.exchange import chunks, levels
+from gshard_moe.exchange import choose, chunks, levels, transfers
 from gshard_moe.exchange.ragged import collectives as of_ragged
 from gshard_moe.exchange.rows import collectives as of_rows
 from gshard_moe.exchange.spmd import collectives as of_spmd
+from gshard_moe.exchange.spmd import of_combine
+from gshard_moe.exchange.transfers import Sizes
 from gshard_moe.layout import Layout, traffic
 from gshard_moe.layout.traffic import Collective
 
@@ -18,15 +20,19 @@ def collectives(
     itemsize: int,
     *,
     config: configs.MoEConfig,
+    weights: Sequence[tuple[str, tuple[int, ...]]],
     recomputed: bool,
 ) -> list[Collective]:
-    """Returns what one MoE layer's exchange sends in a training step, beside its weights.
+    """Returns what one MoE layer's exchange sends in a training step.
+
+    Beside its weights, of which `of_weight` says it; but `all_to_all` sends them itself.
 
     Args:
       layout: on a mesh.
       shapes: of the roles `groups`, `choices`, `slots` and `rows`, of all devices.
       itemsize: bytes of one element.
       config: of the layer.
+      weights: role and shape of each tensor of expert weights.
       recomputed: the backward runs the forward again, and its exchange with it.
     """
     if layout.config.exchange.tokens == "ragged":
@@ -35,15 +41,22 @@ def collectives(
         )
     if layout.config.compute.dispatch == "ragged":
         return of_rows(layout, shapes["rows"], itemsize, recomputed=recomputed)
-    if _on_two_levels(layout):
-        return levels.of_tokens(
-            layout,
-            shapes["groups"],
-            shapes["slots"],
-            itemsize,
-            config=config,
-            recomputed=recomputed,
-        )
+    if layout.config.exchange.tokens == "all_to_all":
+        dropout = config.expert_dropout > 0
+        sizes = Sizes(tuple(shapes["slots"]), tuple(weights), itemsize, dropout, recomputed)
+        part = choose.part_of(layout, sizes)
+        if _on_two_levels(layout, part.fetch):
+            sent = levels.of_tokens(
+                layout,
+                shapes["groups"],
+                shapes["slots"],
+                itemsize,
+                config=config,
+                recomputed=recomputed,
+            )
+            return sent + transfers.of_storage(layout, part, sizes)
+        sent = transfers.collectives(layout, part, sizes)
+        return sent + traffic.times(of_combine(layout, shapes["groups"], itemsize), 2)
     return of_spmd(
         layout,
         shapes["groups"],
@@ -63,7 +76,7 @@ def of_weight(
     whole: Sequence[Collective],
     sizes: Mapping[str, int],
 ) -> list[Collective]:
-    """Returns what an expert weight and its gradient send in a training step.
+    """Returns what an expert weight's gathers and its gradient's sums become in an exchange.
 
     Args:
       layout: on a mesh.
@@ -73,10 +86,8 @@ def of_weight(
       whole: what its gathers and its gradient's sums are where nothing is in chunks.
       sizes: of the dims E and C.
     """
-    if _on_two_levels(layout):  # each weight is used once, for all chunks
-        if layout.config.exchange.fetch == 1:
-            return list(whole)
-        return [*whole, *levels.of_weight(layout, role, shape, itemsize)]
+    if layout.config.exchange.tokens == "all_to_all":
+        return []  # of `collectives`
     count = layout.config.exchange.chunks
     if count == 1 or layout.config.compute.dispatch == "ragged":
         return list(whole)
@@ -89,9 +100,7 @@ def of_weight(
     return [c for c in whole if c not in sums] + traffic.times(sums, count)
 
 
-def _on_two_levels(layout: Layout) -> bool:
-    """Whether there are two: one node is one level, but where weights travel."""
-    exchange = layout.config.exchange
-    if not exchange.levels:
-        return False
-    return exchange.fetch != 1 or layout.axis_sizes[exchange.levels[0]] > 1
+def _on_two_levels(layout: Layout, fetch: int) -> bool:
+    """Whether tokens travel on two levels: one node is one level."""
+    levels = layout.config.exchange.levels
+    return bool(levels) and fetch == 1 and layout.axis_sizes[levels[0]] > 1

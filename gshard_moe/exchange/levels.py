@@ -1,4 +1,4 @@
-"""What an exchange on two levels sends, by link: tokens once to a node, or experts once to a node.
+"""What an exchange on two levels sends, by link, where tokens go once to a node.
 
 Of XLA's passes one counts here: what a backward would send again of what a forward in the same
 program has sent (the gates, between the devices of a node) is sent once.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from gshard_moe import config as configs
 from gshard_moe.exchange.two_level import list_length
-from gshard_moe.layout import PARAMETERS, Layout, traffic
+from gshard_moe.layout import Layout, traffic
 from gshard_moe.layout.traffic import Collective
 
 _INT = _FLOAT32 = 4
@@ -31,7 +31,7 @@ def of_tokens(
     """Returns what one MoE layer sends in a training step, beside its weights.
 
     Args:
-      layout: on a mesh, with `levels`; weights travel, or tokens.
+      layout: on a mesh, with `levels`.
       shape_GSM: of the tokens.
       shape_EGCM: of the slots.
       itemsize: bytes of one element.
@@ -43,68 +43,27 @@ def of_tokens(
     slots = traffic.held_bytes(layout, "slots_source", shape_EGCM, itemsize)
     parts = math.prod(layout.axis_sizes[axis] for axis in layout.axes_of("slots_source", "G"))
     per_slot = math.prod(shape_EGCM[:3]) // parts
-    lists: list[Collective] = []
-    moved: list[Collective] = []
-    gates: list[Collective] = []
-    tables: list[Collective] = []
-    if exchange.fetch == 1:
-        held, entries = _lists(layout, shape_GSM, shape_EGCM, itemsize, config)
-        lists = traffic.one(layout, "all-to-all", [node], held, "groups")
-        moved = traffic.one(layout, "all-to-all", [local], slots, "slots_wire")
-        gates = _each(layout, (node, local), _FLOAT32 * per_slot)
-        key = _KEY * per_slot if config.expert_dropout else 0
-        tables = _each(layout, (node,), _INT * per_slot, _INT * entries // parts, key)
-        tables += _each(layout, (local,), key)
+    held, entries = _lists(layout, shape_GSM, shape_EGCM, itemsize, config)
+    lists = traffic.one(layout, "all-to-all", [node], held, "groups")
+    moved = traffic.one(layout, "all-to-all", [local], slots, "slots_wire")
+    gates = _each(layout, (node, local), _FLOAT32 * per_slot)
+    key = _KEY * per_slot if config.expert_dropout else 0
+    tables = _each(layout, (node,), _INT * per_slot, _INT * entries // parts, key)
+    tables += _each(layout, (local,), key)
     whole, sums, of_gates = _over_width(layout, slots, _FLOAT32 * per_slot)
     tokens = _of_tokens_whole(layout, shape_GSM, itemsize)
-    rounds = layout.axis_sizes[node] if exchange.fetch != 1 and exchange.weights == "ring" else 1
     chunks = exchange.chunks if moved or layout.axes_of("slots_hidden", "H") else 1
 
     def there(chunks: int) -> list[Collective]:
-        return lists + traffic.cut(moved, chunks) + traffic.cut(whole, rounds * chunks)
+        return lists + traffic.cut(moved, chunks) + traffic.cut(whole, chunks)
 
     def back(chunks: int) -> list[Collective]:
-        return traffic.cut(sums, rounds * chunks) + traffic.cut(moved, chunks) + lists + tokens
+        return traffic.cut(sums, chunks) + traffic.cut(moved, chunks) + lists + tokens
 
     forward = tables + gates + there(chunks) + back(chunks)
     if recomputed:
         return forward + tables + gates + traffic.times(there(1), 2) + back(1) + gates + of_gates
     return forward + there(chunks) + back(chunks) + gates + of_gates
-
-
-def of_weight(layout: Layout, role: str, shape: Sequence[int], itemsize: int) -> list[Collective]:
-    """Returns what an expert weight and its gradient send where weights travel and tokens stay.
-
-    Each node pulls an expert once, along a ring of nodes, and its devices gather what has come.
-    Gradients are summed inside a node first; they travel in float32.
-
-    Args:
-      layout: on a mesh, with `levels`.
-      role: of the weight.
-      shape: of it; of more layers where there is one more dim.
-      itemsize: bytes of one element.
-    Source: Janus, doi 10.1145/3603269.3604869 (an expert is pulled once to a machine, and its
-      gradient pushed once).
-    """
-    exchange = layout.config.exchange
-    node, local = exchange.levels
-    rounds, inside = layout.axis_sizes[node], [local]
-    if exchange.weights == "gather":
-        rounds, inside = 1, [node, local]
-    layers = 1
-    if len(shape) > len(PARAMETERS[role].split()):
-        layers, *shape = shape
-    gathering = math.prod(layout.axis_sizes[axis] for axis in inside)
-
-    def sent(kind: traffic.Kind, itemsize: int, hops: int) -> list[Collective]:
-        held = traffic.held_bytes(layout, role, shape, itemsize, "used")
-        found = traffic.one(layout, kind, inside, gathering * held, role)
-        ring = Collective("collective-permute", hops, hops * held, node, role)
-        return traffic.times(found, rounds) + ([ring] if hops else [])
-
-    pulled = sent("all-gather", itemsize, rounds - 1)
-    pushed = sent("reduce-scatter", _FLOAT32, rounds if rounds > 1 else 0)
-    return traffic.times(traffic.times(pulled, 2) + pushed, layers)
 
 
 def _lists(

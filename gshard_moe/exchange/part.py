@@ -34,7 +34,7 @@ class Part:
       width: axes that M is split over on the wire.
       hidden: axes that H is split over.
       gather: of each weight, the dims that are gathered for its use, with their axes.
-      sizes: of the axes.
+      sizes: of the axes; 1 of one that is not free.
       fetch: F, devices that share weights.
       config: of the exchange.
     """
@@ -69,7 +69,7 @@ class Part:
             axes("slots_wire", "M"),
             axes("slots_hidden", "H"),
             gather,
-            layout.axis_sizes,
+            {axis: size if axis in free else 1 for axis, size in layout.axis_sizes.items()},
             fetch,
             layout.config.exchange,
         )
@@ -93,6 +93,11 @@ class Part:
     def inner(self) -> int:
         """I, the devices that gather what arrives."""
         return by_hand.gathering(self.config, self.fetch, self.sizes, self.devices)
+
+    @property
+    def pieces(self) -> int:
+        """Into how many a step's slots are cut; where nothing travels there is nothing to hide."""
+        return self.config.chunks if self.across > 1 or self.hidden else 1
 
     @property
     def axes(self) -> tuple[str, ...]:

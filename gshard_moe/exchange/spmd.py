@@ -142,11 +142,8 @@ def collectives(
     out = traffic.reshard(layout, "slots_source", "slots_wire", shape_EGCM, itemsize)
     out += traffic.reshard(layout, "slots_wire", "slots", shape_EGCM, itemsize)
     back = traffic.reshard(layout, "slots_wire", "slots_source", shape_EGCM, itemsize)
-    # Tokens are whole where they are combined, and so are their gradients where they came from.
+    whole = of_combine(layout, shape_GSM, itemsize)
     wire = layout.axes_of("slots_wire", "M")
-    tokens = [axis for axis in wire if axis not in layout.axes_of("groups", "M")]
-    held = itemsize * math.prod(layout.shape_per_device("groups", shape_GSM))
-    whole = traffic.one(layout, "all-gather", tokens, held, "groups")
     # The sum over a split hidden dim goes straight to the wire's layout.
     hidden = layout.axes_of("slots_hidden", "H")
     held = traffic.held_bytes(layout, "slots", shape_EGCM, itemsize)
@@ -162,3 +159,14 @@ def collectives(
     forward = traffic.cut(out + sums + back, chunks)
     backward = traffic.cut(out + back + traffic.times(sums, num_inputs), chunks)
     return forward + backward + traffic.times(whole, 2) + (forward if recomputed else [])
+
+
+def of_combine(layout: Layout, shape_GSM: Sequence[int], itemsize: int) -> list[Collective]:
+    """Returns the gather of combined tokens, and the like one of their gradients.
+
+    Tokens are whole where they are combined, and so are their gradients where they came from.
+    """
+    wire = layout.axes_of("slots_wire", "M")
+    tokens = [axis for axis in wire if axis not in layout.axes_of("groups", "M")]
+    held = itemsize * math.prod(layout.shape_per_device("groups", shape_GSM))
+    return traffic.one(layout, "all-gather", tokens, held, "groups")

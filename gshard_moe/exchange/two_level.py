@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from gshard_moe import config as configs
 from gshard_moe import experts
+from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Slots, gather
 from gshard_moe.exchange.all_to_all import Layer, carry
 from gshard_moe.exchange.all_to_all import exchange as one_level
@@ -63,8 +64,9 @@ def exchange(
     Raises:
       ValueError: if there are more chunks than experts on a device and than slots.
     """
-    layer = Layer.of(layout, config, fewer=fewer)
-    part, levels = layer.part, layout.config.exchange.levels
+    fetch, levels = layout.config.exchange.fetch, layout.config.exchange.levels
+    assert fetch != "auto"
+    part = Part.of(layout, fetch, layouts.free_axes(layouts.mesh_here(layout)))
     if part.fetch > 1 or part.experts != levels or part.sizes[levels[0]] == 1:
         return one_level(
             x_GSM,
@@ -83,7 +85,8 @@ def exchange(
         key_EGC = experts.slot_keys(dropout_key_G, slots.token_GEC, numbers, config.num_experts)
         key_EGC2 = jax.random.key_data(key_EGC)
     gate_EGC = gather.gates(slots).astype(jnp.float32)
-    within = dataclasses.replace(layer, part=dataclasses.replace(part, experts=(local,)))
+    inside = dataclasses.replace(part, experts=(local,))
+    within = Layer(inside, config, fewer, again=layout.config.compute.computes_again)
     lists_AGZM = layout.constrain("slots_source", gather.dispatch(x_GSM, plan.lists))
     extras = plan.place_EGC, plan.slot_AGZK, key_EGC2
     sums_AGZM = carry(_Levels(within, node), lists_AGZM, gate_EGC, extras, weights, layout)

@@ -27,7 +27,8 @@ class Collective(NamedTuple):
     Attributes:
       kind: what XLA calls it.
       count: how many run in a step.
-      bytes: what one device sends for all of them, on a ring.
+      bytes: what one device sends for all of them, on a ring; of a collective-permute, each time
+        what it hands on.
       link: the mesh axes that they cross, joined by "/".
       role: whose data they move.
     """
@@ -77,10 +78,15 @@ def one(layout: Layout, kind: Kind, axes: Iterable[str], held: int, role: str) -
     """
     axes = [axis for axis in layout.axes if axis in set(axes)]
     parts = math.prod(layout.axis_sizes[axis] for axis in axes)
+    return among(kind, parts, "/".join(axes), held, role)
+
+
+def among(kind: Kind, parts: int, link: str, held: int, role: str) -> list[Collective]:
+    """Returns a collective among so many devices of a link, or none if it is one; see `one`."""
     if parts == 1:
         return []
     passes = 2 if kind == "all-reduce" else 1
-    return [Collective(kind, 1, passes * held * (parts - 1) // parts, "/".join(axes), role)]
+    return [Collective(kind, 1, passes * held * (parts - 1) // parts, link, role)]
 
 
 def held_bytes(

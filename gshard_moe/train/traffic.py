@@ -5,11 +5,16 @@ softmax's row sums are left out. What XLA does beside or instead can only be rea
 program.
 """
 
+from typing import NamedTuple
+
 from gshard_moe import config as configs
 from gshard_moe import exchange
+from gshard_moe.exchange import choose, transfers
+from gshard_moe.exchange.choose import Choice
 from gshard_moe.layout import Layout, letter_sizes
 from gshard_moe.layout.notation import ACTIVATIONS, PARAMETERS
 from gshard_moe.layout.traffic import Collective, held_bytes, one, times, total
+from gshard_moe.nn import moe_weights
 from gshard_moe.train import inventory
 
 # Used in float32, whatever the computation's dtype.
@@ -27,7 +32,7 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
       layout: on a mesh, abstract or not.
     """
     sizes = letter_sizes(model)
-    itemsize = 2 if model.train.dtype == "bfloat16" else 4
+    itemsize = _itemsize(model)
     passes = []
     masters = []
     for _, role, shape in inventory.parameters(model):
@@ -51,12 +56,58 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
                 {role: _shape(role, sizes) for role in ("groups", "choices", "slots", "rows")},
                 itemsize,
                 config=model.moe,
+                weights=expert_weights(model.moe),
                 recomputed=recomputed,
             )
     tokens = _held(layout, "tokens", sizes, itemsize)
     for role in ("embed", "head"):
         passes += one(layout, "all-reduce", layout.axes_of(role, "V", "used"), tokens, role)
     return total(masters + times(passes, model.train.accumulate))
+
+
+class Fetch(NamedTuple):
+    """How many devices share weights, in layers that are alike.
+
+    Attributes:
+      layers: their numbers.
+      choice: what each fetch sends, in one pass over a micro-batch, and which it is.
+    """
+
+    layers: tuple[int, ...]
+    choice: Choice
+
+
+def fetches(model: configs.ModelConfig, layout: Layout) -> list[Fetch]:
+    """Returns the fetch of each MoE layer, those in a row that are alike as one.
+
+    Empty where the card's exchange is not `all_to_all`.
+    """
+    moe, found = model.moe, []
+    if moe is None or layout.config.exchange.tokens != "all_to_all":
+        return found
+    sizes = letter_sizes(model)
+    exchanged = transfers.Sizes(
+        _shape("slots", sizes),
+        expert_weights(moe),
+        _itemsize(model),
+        dropout=moe.expert_dropout > 0,
+        recomputed=layout.config.compute.computes_again,
+    )
+    for i in range(model.num_layers):
+        if not model.is_moe_block(i):
+            continue
+        choice = choose.choose(layout, exchanged)
+        if found and found[-1].choice == choice:
+            found[-1] = Fetch((*found[-1].layers, i), choice)
+        else:
+            found.append(Fetch((i,), choice))
+    return found
+
+
+def expert_weights(moe: configs.MoEConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Returns role and shape of each tensor of a layer's expert weights."""
+    specs = moe_weights.specs(moe).values()
+    return tuple((one.role, one.shape) for one in specs if one.role.startswith("expert_"))
 
 
 def _parameter(
@@ -135,6 +186,10 @@ def _others_follow(model: configs.ModelConfig, index: int) -> bool:
     start = index // size * size
     whole = first_dense <= start and start + size <= model.num_layers
     return whole and index + 1 < start + size
+
+
+def _itemsize(model: configs.ModelConfig) -> int:
+    return 2 if model.train.dtype == "bfloat16" else 4
 
 
 def _held(layout: Layout, role: str, sizes: dict[str, int], itemsize: int) -> int:

@@ -1,0 +1,189 @@
+"""What `all_to_all` sends in a training step, as its forward and backward are written.
+
+Tokens: there and back, and the same for their gradients; a recomputed forward sends them there
+alone, since gates weigh the hidden layer, whose gradient needs no output. Weights: round the ring
+(or gathered) forward and again backward, and their gradients in float32 home. What is written twice
+and sent once is said where it is counted.
+
+Bytes are those that one device sends, see `layout.traffic.Collective`. A groups of devices that
+tokens cross between, F devices that share weights, R of them a ring. See `part`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gshard_moe.exchange.part import Part
+from gshard_moe.layout import Layout, Stage
+from gshard_moe.layout.traffic import Collective, Kind, among, cut, times
+
+_FLOAT32 = 4
+_KEY = 8
+
+
+class Sizes(NamedTuple):
+    """What one layer exchanges.
+
+    Attributes:
+      shape_EGCM: of the slots, of all devices of the axes that are free.
+      weights: role and shape of each tensor of expert weights, the same.
+      itemsize: bytes of one element of both.
+      dropout: hidden units are dropped, by a key of each slot.
+      recomputed: the backward runs the forward again.
+    """
+
+    shape_EGCM: tuple[int, ...]
+    weights: tuple[tuple[str, tuple[int, ...]], ...]
+    itemsize: int
+    dropout: bool
+    recomputed: bool
+
+
+def collectives(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
+    """Returns all of it, for tokens and then for weights."""
+    return (
+        of_tokens(part, sizes)
+        + _of_slices(part, sizes)
+        + of_weights(layout, part, sizes)
+        + of_storage(layout, part, sizes)
+    )
+
+
+def of_tokens(part: Part, sizes: Sizes) -> list[Collective]:
+    """Returns what crosses between the A groups: tokens, gates and keys."""
+    slots = _slots(part, sizes.shape_EGCM)
+    held = slots * sizes.shape_EGCM[-1] // _parts(part, part.width) * sizes.itemsize
+    way = _swapped(part, held, "slots_wire")
+    there = cut(times(way, 2), part.ring * part.pieces)
+    again = cut(times(way, 2 + sizes.recomputed), part.ring * backward_pieces(part, sizes))
+    # Gates go forward, and again for the backward, and their gradient in float32 back. They are
+    # float32, but the compiler rounds before it sends what is only read rounded.
+    gates = times(_swapped(part, slots * sizes.itemsize, "choices"), 2)
+    gates += _swapped(part, slots * _FLOAT32, "choices")
+    keys = times(_swapped(part, slots * _KEY, "choices"), 2 if sizes.dropout else 0)
+    return there + again + gates + keys
+
+
+def backward_pieces(part: Part, sizes: Sizes) -> int:
+    """Returns into how many pieces a backward cuts a step's slots."""
+    return 1 if sizes.recomputed else part.pieces
+
+
+def of_weights(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
+    """Returns what crosses inside a group of F: weights, and their gradients in float32."""
+    found = []
+    inside = _link(part, [range(at, at + part.inner) for at in _starts(part, part.inner)])
+    ring = _link(
+        part,
+        [
+            range(at + i, at + i + part.fetch, part.inner)
+            for at in _starts(part, part.fetch)
+            for i in range(part.inner)
+        ],
+    )
+    for role, shape in sizes.weights:
+        own = math.prod(shape) // _split(layout, part, role, "used")
+        held, exact = own * sizes.itemsize, own * _FLOAT32
+        passes = _passes(role, sizes.recomputed)
+        steps, hops = passes * part.ring, passes * (part.ring - 1)
+        found += times(_of(part.inner, "all-gather", inside, held, role), steps)
+        found += times(_of(part.inner, "reduce-scatter", inside, exact, role), part.ring)
+        if part.ring > 1:
+            found.append(Collective("collective-permute", hops, hops * held, ring, role))
+            # Sums are rounded before their last hop, home.
+            sums = (part.ring - 1) * exact + held
+            found.append(Collective("collective-permute", part.ring, sums, ring, role))
+    return found
+
+
+def _passes(role: str, recomputed: bool) -> int:
+    """Returns how often weights go to where they are used.
+
+    A backward that has the products of the inputs needs no bias of theirs; that of the outputs
+    weighs in the gradient of the gates.
+    """
+    return 1 + (role != "expert_in_bias" or recomputed)
+
+
+def _of_slices(part: Part, sizes: Sizes) -> list[Collective]:
+    """Returns what experts whose hidden dim is split send: their tokens' width, and their sums."""
+    slots = _slots(part, sizes.shape_EGCM)
+    held = slots * sizes.shape_EGCM[-1] * sizes.itemsize
+    if part.width:
+        sums = _one(part, "reduce-scatter", part.width, held, "slots_wire")
+    else:
+        sums = _one(part, "all-reduce", part.hidden, held, "slots_wire")
+    whole = _one(part, "all-gather", part.width, held, "slots")
+    there = cut(sums + whole, part.ring * part.pieces)
+    again = sums + times(whole, 1 + sizes.recomputed)
+    # A gate weighs the whole hidden layer.
+    gates = _one(part, "all-reduce", part.hidden, slots * _FLOAT32, "choices")
+    return there + cut(again, part.ring * backward_pieces(part, sizes)) + gates
+
+
+def of_storage(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
+    """Returns the gathers of weights from where they are stored, and the sums of gradients there.
+
+    The gathers of a recomputed forward are those of its backward: the compiler takes one for both.
+    """
+    found = []
+    for role, shape in sizes.weights:
+        held = math.prod(shape) // _split(layout, part, role, "stored") * sizes.itemsize
+        stored = {axis for dim in layout.dims(role) for axis in dim.axes}
+        more = [axis for axis in part.axes if axis not in stored]
+        found += _one(part, "all-reduce", more, held, role)
+        for before, after in zip(layout.dims(role), layout.dims(role, "used"), strict=True):
+            gone = [axis for axis in before.axes if axis not in after.axes]
+            held *= _parts(part, gone)
+            uses = _passes(role, sizes.recomputed)
+            found += times(_one(part, "all-gather", gone, held, role), uses)
+            found += _one(part, "reduce-scatter", gone, held, role)
+    return found
+
+
+def _swapped(part: Part, held: int, role: str) -> list[Collective]:
+    """Returns an all-to-all between groups, of the bytes that a device has."""
+    peers = [range(at, part.devices, part.fetch) for at in range(part.fetch)]
+    return among("all-to-all", part.across, _link(part, peers), held, role)
+
+
+def _of(parts: int, kind: Kind, link: str, own: int, role: str) -> list[Collective]:
+    """Returns a collective of so many devices that each have `own` bytes of what is gathered."""
+    return among(kind, parts, link, own * parts, role)
+
+
+def _one(part: Part, kind: Kind, axes: Iterable[str], held: int, role: str) -> list[Collective]:
+    named = set(axes)
+    axes = [axis for axis in part.sizes if axis in named]
+    return among(kind, _parts(part, axes), "/".join(axes), held, role)
+
+
+def _link(part: Part, groups: Iterable[Sequence[int]]) -> str:
+    """Returns the mesh axes along which devices of a group differ, given their numbers."""
+    if not part.experts:
+        return ""
+    sizes = [part.sizes[axis] for axis in part.experts]
+    crossed = set()
+    for group in groups:
+        places = np.unravel_index(np.array(group), sizes)
+        crossed |= {a for a, at in zip(part.experts, places, strict=True) if np.ptp(at)}
+    return "/".join(axis for axis in part.sizes if axis in crossed)
+
+
+def _starts(part: Part, size: int) -> range:
+    return range(0, part.devices, size)
+
+
+def _slots(part: Part, shape_EGCM: Sequence[int]) -> int:
+    """Returns how many slots a device has, before tokens travel and after."""
+    return math.prod(shape_EGCM[:3]) // _parts(part, part.groups)
+
+
+def _split(layout: Layout, part: Part, role: str, stage: Stage) -> int:
+    return _parts(part, [axis for dim in layout.dims(role, stage) for axis in dim.axes])
+
+
+def _parts(part: Part, axes: Iterable[str]) -> int:
+    return math.prod(part.sizes[axis] for axis in axes)
