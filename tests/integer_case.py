@@ -120,7 +120,7 @@ def run(case: Case, config: MoEConfig, layout: Layout | None) -> Result:
 
 
 def layer(case: Case, *, config: MoEConfig, layout: Layout | None) -> Result:
-    """Runs the layer and its backward, to be compiled as one program."""
+    """Runs the layer and its backward, to be compiled as one program, computed again as it says."""
 
     def forward(experts, x_BLM, gate_GSK):
         forced = routing.forced(
@@ -135,6 +135,9 @@ def layer(case: Case, *, config: MoEConfig, layout: Layout | None) -> Result:
         slots = dispatch.assign(forced, config.capacity(train=True), num_experts=config.num_experts)
         return output.y_BLM, (output.metrics, slots.slot_GSK)
 
+    if layout is not None and layout.config.compute.remat == "full":  # as a Transformer's block
+        policy = jax.checkpoint_policies.save_only_these_names(dispatch.KEPT)
+        forward = jax.checkpoint(forward, policy=policy)
     y_BLM, backward, (metrics, slot_GSK) = jax.vjp(
         forward, case.weights.experts, case.x_BLM, case.gate_GSK, has_aux=True
     )

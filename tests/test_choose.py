@@ -74,8 +74,7 @@ def counted(layout: Layout, sizes: Sizes) -> int:
         shapes,
         sizes.itemsize,
         weights=sizes.weights,
-        num_inputs=1,
-        dropout=sizes.dropout,
+        config=cases.moe_config(expert_dropout=0.1 * sizes.dropout),
         recomputed=sizes.recomputed,
     )
     return sum(one.bytes for one in sent)
@@ -117,7 +116,6 @@ def test_the_rows_by_hand(layer):
         if keys["weights"] == "gather":
             sums = (inputs + 1) * (fetch - 1) * 4
         else:
-            passes += again * inputs * max(fetch - 1 - keys["prefetch"], 0) * b
             sums = (inputs + 1) * ((fetch - 1) * 4 + b) if fetch > 1 else 0
         assert weights == matrix * (passes + sums)
 
@@ -169,7 +167,7 @@ def test_a_byte_over_the_slower_links_weighs_more():
         mesh=dataclasses.replace(sharding.mesh, axes=("node", "local"), shape=(2, 4)),
         layout=dataclasses.replace(sharding.layout, roles=roles),
         exchange=dataclasses.replace(
-            sharding.exchange, tokens="all_to_all", fetch="auto", levels=("node", "local")
+            sharding.exchange, tokens="all_to_all", levels=("node", "local")
         ),
     )
     layout = Layout(sharding).on(8)

@@ -205,7 +205,11 @@ _REFUSALS = [
     (config.ComputeConfig, dict(unroll=0), r"unroll: must be positive; got unroll=0"),
     (config.ComputeConfig, dict(remat="some"), r'remat: must be "none" \| .*; got "some"'),
     (config.ComputeConfig, dict(dispatch="sort"), r'"gather" \| "einsum" \| "ragged"; got "sort"'),
-    (config.ExchangeConfig, dict(tokens="ring"), r'tokens: must be "spmd"; got "ring"'),
+    (
+        config.ExchangeConfig,
+        dict(tokens="ring"),
+        r'tokens: must be "spmd" \| "all_to_all" \| "ragged"; got "ring"',
+    ),
     (config.LayoutConfig, dict(roles={"tokens": 1}), r"roles.tokens: must be a string; got 1"),
     (config.LayoutConfig, dict(roles={1: "B"}), r'roles.1: must be a string; got "B"'),
     (config.LayoutConfig, dict(roles=[]), r"roles: must be a table; got \[\]"),

@@ -70,8 +70,8 @@ def test_what_each_fetch_sends(capfd):
     assert [row["fetch"] for row in layers["rows"]] == [1, 2, 4, 8]
     # Four ways, the first again (full remat); gates twice, and their gradient.
     assert layers["rows"][0]["tokens"] == slots * 4 * (128 * 5 + 3) * 7 // 8
-    # Three matrices go seven hops twice, the two of the inputs six again; gradients go eight.
-    assert layers["rows"][3]["weights"] == 128 * 192 * 4 * (3 * (7 * 2 + 8) + 2 * 6)
+    # Three matrices go seven hops twice; gradients go eight.
+    assert layers["rows"][3]["weights"] == 128 * 192 * 4 * 3 * (7 * 2 + 8)
     ratio = layers["rows"][0]["tokens"] / layers["rows"][3]["weights"]
     assert layers["ratio"] == pytest.approx(ratio)
     assert explained(capfd, "--model", "tiny", "--sharding", "expert")["fetches"] == []
