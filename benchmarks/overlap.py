@@ -7,20 +7,24 @@ two. The bound is the largest of what the core, and each link, is busy for, and 
 no overlap makes the same operations faster.
 
 - layer: one MoE layer of 64 experts (16 devices of TPU v5p:2x2x4, card `expert`, 4096 tokens a
-  device, K = 2, M = 4096, H = 8192, capacity 1.0, bfloat16), forward and with all gradients; drawn
-  in `docs/timeline.png`.
-- train: the whole step of `mixtral_8x7b` (32 layers, 4 x 2048 tokens a device, capacity 1.25, full
-  remat, bfloat16, float32 AdamW) on 32 chips, card `expert_fsdp` with fsdp 4 x expert 8.
-- scale: the same on 2048 chips (fsdp 256), and `gshard_600b` on 2048 devices of v4.
+  device, K = 2, M = 4096, H = 8192, capacity 1.0, bfloat16), forward and with all gradients, by
+  every member; drawn in `docs/timeline.png`.
+- mixtral: the whole step of `mixtral_8x7b` (32 layers, 4 x 2048 tokens a device, capacity 1.25,
+  full remat, bfloat16, float32 AdamW) on 32 chips, fsdp 4 x expert 8, by every member.
+- qwen: of `qwen3_30b_a3b` on 64 v5p and 64 v6e, fsdp 8 x expert 8.
+- lancet: of `gpt2_moe` (Lancet's) on 64 H200, eight hosts, fsdp 8 x expert 8.
+- scale: mixtral's on 2048 chips (fsdp 256), and `gshard_600b` on 2048 devices of v4.
 
     python benchmarks/overlap.py
-    python benchmarks/overlap.py --only layer
+    python benchmarks/overlap.py --only layer lancet
+
+Rows that are not asked for stay as they were.
 
 Needs the extra `aot`.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import report
@@ -33,21 +37,31 @@ from gshard_moe.train.study import Study, of_lowered, study
 
 NAME = "overlap"
 PICTURE = report.ROOT / "docs" / "timeline.png"
-Part = Literal["layer", "train", "scale"]
+Part = Literal["layer", "mixtral", "qwen", "lancet", "scale"]
+# Members of the exchange, as keys of a card's [exchange].
+MEMBERS: dict[str, dict[str, Any]] = {
+    "spmd": {},
+    "all_to_all": {"tokens": "all_to_all"},
+    "all_to_all, 4 chunks": {"tokens": "all_to_all", "chunks": 4},
+    "all_to_all, 8 chunks": {"tokens": "all_to_all", "chunks": 8},
+    "hybrid, fetch 2": {"tokens": "all_to_all", "fetch": 2},
+    "janus": {"tokens": "all_to_all", "fetch": "all"},
+    "auto": {"tokens": "all_to_all", "fetch": "auto"},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Communication hidden, and the bound."""
 
-    only: tuple[Part, ...] = ("layer", "train", "scale")
+    only: tuple[Part, ...] = get_args(Part)
     """Which rows."""
 
 
-def with_chunks(card: str, chunks: int, mesh: str | None = None) -> Layout:
-    """Returns a card's layout with so many chunks."""
+def layout_of(card: str, member: str, mesh: str | None = None) -> Layout:
+    """Returns a card's layout with another member."""
     sharding = Layout.load(card, mesh=mesh).config
-    exchange = dataclasses.replace(sharding.exchange, chunks=chunks)
+    exchange = dataclasses.replace(sharding.exchange, **MEMBERS[member])
     return Layout(dataclasses.replace(sharding, exchange=exchange), source=card)
 
 
@@ -74,13 +88,14 @@ def layer_model(num_devices: int, tokens: int) -> ModelConfig:
 
 
 def layer_rows() -> list[dict[str, Any]]:
-    """Compiles the layer, with and without chunks and the asynchronous option."""
+    """Compiles the layer by every member, one of them without the options of `aot` too."""
     cluster = aot.cluster("v5p:2x2x4")
     model = layer_model(len(cluster.devices), 4096)
     rows, drawn = [], {}
     for gradients in (False, True):
-        for chunks, options in ((1, {}), (1, None), (4, {}), (4, None)):
-            layout = with_chunks("expert", chunks)
+        ways: list[tuple[str, dict[str, Any] | None]] = [(member, None) for member in MEMBERS]
+        for member, options in [("all_to_all, 4 chunks", {}), *ways]:
+            layout = layout_of("expert", member)
             mesh = layout.mesh(cluster.devices)
             lowered = lower_layer(
                 model,
@@ -93,35 +108,62 @@ def layer_rows() -> list[dict[str, Any]]:
             found = of_lowered(lowered, cluster, mesh, flops=flops, options=options)
             way = "with gradients" if gradients else "forward"
             asynchronous = "on" if options is None else "off"
-            name = f"layer, {way}, {chunks} chunk{'s' * (chunks > 1)}, option {asynchronous}"
+            name = f"layer, {way}, {member}, options {asynchronous}"
             rows.append(row(name, found))
-            if gradients and options is None:
+            if gradients and options is None and member.startswith("all_to_all"):
                 drawn[name] = found.programs["lhs"]
     draw.figure(drawn).savefig(PICTURE, dpi=90)
     return rows
 
 
-def train_rows() -> list[dict[str, Any]]:
+def mixtral_rows() -> list[dict[str, Any]]:
     """Compiles Mixtral's train step on 32 chips."""
-    cluster, model = aot.cluster("v5p:2x4x4"), load_model("mixtral_8x7b")
-    layout = with_chunks("expert_fsdp", 1, "fsdp=4,expert=8")
-    return [row("mixtral_8x7b, 32 v5p", study("train-step", model, layout, cluster))]
+    return step_rows("mixtral_8x7b", "v5p:2x4x4", "32 v5p", "fsdp=4,expert=8", list(MEMBERS))
+
+
+def qwen_rows() -> list[dict[str, Any]]:
+    """Compiles Qwen3-30B-A3B's train step on 64 chips of two kinds, 16 experts on each."""
+    members = [member for member in MEMBERS if "8 chunks" not in member]
+    return [
+        one
+        for topology, name in (("v5p:4x4x4", "64 v5p"), ("v6e:8x8", "64 v6e"))
+        for one in step_rows("qwen3_30b_a3b", topology, name, "fsdp=8,expert=8", members)
+    ]
+
+
+def lancet_rows() -> list[dict[str, Any]]:
+    """Compiles Lancet's GPT-2 on eight hosts of eight GPUs, the experts inside a host."""
+    members = [member for member in MEMBERS if "8 chunks" not in member]
+    return step_rows("gpt2_moe", "h200:8x8", "64 h200", "fsdp=8,expert=8", members)
+
+
+def step_rows(
+    model: str, topology: str, name: str, mesh: str, members: list[str]
+) -> list[dict[str, Any]]:
+    """Compiles a model's train step by each member."""
+    cluster, config = aot.cluster(topology), load_model(model)
+    rows = []
+    for member in members:
+        layout = layout_of("expert_fsdp", member, mesh)
+        found = study("train-step", config, layout, cluster)
+        rows.append(row(f"{model}, {name}, {member}", found))
+    return rows
 
 
 def scale_rows() -> list[dict[str, Any]]:
     """Compiles for 2048 devices."""
     model = load_model("mixtral_8x7b")
     train = dataclasses.replace(model.train, batch_size=model.train.batch_size * 64)
-    layout = with_chunks("expert_fsdp", 1, "fsdp=256,expert=8")
+    layout = layout_of("expert_fsdp", "all_to_all, 4 chunks", "fsdp=256,expert=8")
     wide = dataclasses.replace(model, train=train)
     found = study("train-step", wide, layout, aot.cluster("v5p:8x16x16"))
-    rows = [row("mixtral_8x7b, 2048 v5p", found)]
+    rows = [row("mixtral_8x7b, 2048 v5p, all_to_all, 4 chunks", found)]
     model = load_model("gshard_600b")
     train = dataclasses.replace(model.train, dtype="bfloat16")
-    layout = with_chunks("expert_fsdp", 1, "fsdp=8,expert=256")
+    layout = layout_of("expert_fsdp", "all_to_all", "fsdp=8,expert=256")
     huge = dataclasses.replace(model, train=train)
     found = study("train-step", huge, layout, aot.cluster("v4:8x8x16"))
-    return [*rows, row("gshard_600b, 2048 devices of v4", found)]
+    return [*rows, row("gshard_600b, 2048 devices of v4, all_to_all", found)]
 
 
 def row(name: str, found: Study) -> dict[str, Any]:
@@ -144,10 +186,10 @@ def row(name: str, found: Study) -> dict[str, Any]:
     return kept
 
 
-def show(found: dict[str, Any]) -> None:
+def show(parts: dict[str, list[dict[str, Any]]]) -> None:
     """Prints the table."""
     rows = []
-    for one in found["rows"]:
+    for one in [one for part in parts.values() for one in part]:
         lhs, bisect = (one["models"].get(model) for model in ("lhs", "bisect"))
         if lhs is None or bisect is None:
             rows.append([one["name"], *["does not fit"] * 7])
@@ -178,11 +220,19 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     where = report.setting("libtpu")
     print(report.headline(where), flush=True)
-    parts = {"layer": layer_rows, "train": train_rows, "scale": scale_rows}
-    rows = [one for part in options.only for one in parts[part]()]
-    found = {"setting": where, "options": dataclasses.asdict(options), "rows": rows}
-    show(found)
-    report.write(NAME, found)
+    parts = {
+        "layer": layer_rows,
+        "mixtral": mixtral_rows,
+        "qwen": qwen_rows,
+        "lancet": lancet_rows,
+        "scale": scale_rows,
+    }
+    rows = {part: report.read(NAME)["rows"].get(part, []) for part in parts}
+    for part in options.only:
+        rows[part] = parts[part]()
+        found = {"setting": where, "options": dataclasses.asdict(options), "rows": rows}
+        report.write(NAME, found)
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from gshard_moe.train import state
 # `model_config` divide by any of their axes.
 SHARDED_CARDS = (
     *("data", "fsdp", "expert", "expert_data", "expert_fsdp", "expert_model", "spmd"),
-    *("all_to_all", "pipe_experts", "janus", "hybrid", "two_level", "ragged"),
+    *("all_to_all", "pipe_experts", "janus", "hybrid", "auto", "two_level", "ragged"),
 )
 
 

@@ -63,7 +63,7 @@ def test_for_people(capfd):
 
 def test_what_each_fetch_sends(capfd):
     """By hand, of `tiny` in float32 on eight devices: E=8 G=16 C=80 M=128 H=192, SwiGLU."""
-    found = explained(capfd, "--model", "tiny", "--sharding", "hybrid", "--mesh", "fsdp=1")
+    found = explained(capfd, "--model", "tiny", "--sharding", "auto", "--mesh", "fsdp=1")
     (layers,) = found["fetches"]
     assert layers["layers"] == [1, 3] and layers["fetch"] == 1
     slots = 8 * 16 * 80 // 8
@@ -75,7 +75,7 @@ def test_what_each_fetch_sends(capfd):
     ratio = layers["rows"][0]["tokens"] / layers["rows"][3]["weights"]
     assert layers["ratio"] == pytest.approx(ratio)
     assert explained(capfd, "--model", "tiny", "--sharding", "expert")["fetches"] == []
-    assert job.call(["explain", "--model", "gshard_600b", "--sharding", "hybrid"]) == 0
+    assert job.call(["explain", "--model", "gshard_600b", "--sharding", "auto"]) == 0
     assert "layers 1, 3, ... 35" in capfd.readouterr().out
     assert job.call(["explain", "--model", "mixtral_8x7b", "--sharding", "janus"]) == 0
     assert re.search("layers 0-31 .* 1 .*\n.* 8 .* this", capfd.readouterr().out, re.DOTALL)

@@ -382,6 +382,7 @@ PAIRS = (
     ("qwen3_30b_a3b", "janus"),
     ("mixtral_8x7b", "all_to_all"),
     ("tiny", "hybrid"),
+    ("gpt2_moe", "auto"),
     ("switch_base_8", "spmd"),
 )
 OTHERS = [(m, s) for m in MODELS for s in cases.SHARDED_CARDS if (m, s) not in PAIRS]

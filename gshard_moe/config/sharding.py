@@ -169,8 +169,8 @@ class ExchangeConfig(Checked):
       tokens: `spmd`: annotations, from which XLA's partitioner makes the all-to-all (GShard);
         `all_to_all`: the same by `shard_map`; `ragged`: rows instead of slots, so that what is not
         used is not sent (dropless).
-      fetch: devices of a group. 1: experts stay; all devices of the expert axes: tokens stay
-        (Janus). `auto`: of each layer what sends the fewest bytes in a training step.
+      fetch: devices of a group. 1: experts stay; `all`, of the expert axes: tokens stay (Janus).
+        `auto`: of each layer what sends the fewest bytes in a training step.
       weights: how a group shares them: `ring`: each device hands them on, and computes meanwhile;
         `gather`: at once.
       prefetch: of a ring: how many devices' weights are on their way while one's are used.
@@ -183,7 +183,7 @@ class ExchangeConfig(Checked):
     """
 
     tokens: Literal["spmd", "all_to_all", "ragged"] = "spmd"
-    fetch: int | Literal["auto"] = 1
+    fetch: int | Literal["all", "auto"] = 1
     weights: Literal["ring", "gather"] = "ring"
     prefetch: int = 1
     chunks: int = 1
@@ -191,10 +191,17 @@ class ExchangeConfig(Checked):
     links: Literal["any", "one"] = "any"
     levels: tuple[str, ...] = ()
 
+    def fetch_of(self, devices: int) -> int | Literal["auto"]:
+        """Returns `fetch` where the expert axes have so many devices."""
+        return devices if self.fetch == "all" else self.fetch
+
     def _check(self, faults: Faults) -> None:
         faults.positive("chunks", "prefetch")
         faults.require(
-            "fetch", ("fetch",), lambda: self.fetch == "auto" or self.fetch > 0, "must be positive"
+            "fetch",
+            ("fetch",),
+            lambda: isinstance(self.fetch, str) or self.fetch > 0,
+            "must be positive",
         )
         faults.require(
             "levels",
@@ -206,7 +213,7 @@ class ExchangeConfig(Checked):
             "fetch",
             ("fetch", "levels"),
             lambda: self.fetch != "auto" or not self.levels,
-            "must be 1 (tokens travel) or the number of both levels' devices (experts do)",
+            "must be 1 (tokens travel) or all (experts do)",
         )
         of_shard_map = {"fetch": 1, "levels": (), "links": "any"}
         for key, default in of_shard_map.items():

@@ -266,8 +266,8 @@ class Layer:
           dys_EgCm: the gradients of the outputs.
         """
         part = self.part
-        # Else the compiler may keep what `forward` had gathered of them.
-        held, dys_EgCm = jax.lax.optimization_barrier((held, dys_EgCm))
+        if not self.again:  # else the compiler may keep what `forward` had gathered of them
+            held, dys_EgCm = jax.lax.optimization_barrier((held, dys_EgCm))
         dys, keys = self._by_block(dys_EgCm), self._extras(keys)
         gates, gates_back = jax.vjp(self._extras, gates)
         used = functools.partial(part.used, dtype=dys.dtype)

@@ -66,9 +66,10 @@ def part_of(layout: Layout, sizes: Sizes, free: Sequence[str] | None = None) -> 
       free: axes that no `shard_map` of the caller's has taken; default: all.
     """
     free = layout.axes if free is None else free
-    part, fetch = Part.of(layout, 1, free), layout.config.exchange.fetch
+    part = Part.of(layout, 1, free)
     if part.devices == 1:  # in a caller's shard_map, a device may have all experts
         return part
+    fetch = layout.config.exchange.fetch_of(part.devices)
     if fetch == "auto":
         fetch = choose(layout, sizes, free).fetch
     return Part.of(layout, fetch, free)
@@ -110,7 +111,7 @@ def choose(
         weights = transfers.of_weights(layout, part, sizes)
         cost = _cost(tokens, part, chip) + max(0.0, _cost(weights, part, chip) - behind)
         rows.append(Row(fetch, _bytes(tokens), _bytes(weights), cost))
-    asked = layout.config.exchange.fetch
+    asked = layout.config.exchange.fetch_of(devices)
     best = min(rows, key=lambda row: (row.cost, row.fetch)).fetch if asked == "auto" else asked
     ratio = rows[0].tokens / rows[-1].weights if devices > 1 else 0.0
     return Choice(best, ratio, tuple(rows))

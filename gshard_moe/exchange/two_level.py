@@ -64,10 +64,9 @@ def exchange(
     Raises:
       ValueError: if there are more chunks than experts on a device and than slots.
     """
-    fetch, levels = layout.config.exchange.fetch, layout.config.exchange.levels
-    assert fetch != "auto"
-    part = Part.of(layout, fetch, layouts.free_axes(layouts.mesh_here(layout)))
-    if part.fetch > 1 or part.experts != levels or part.sizes[levels[0]] == 1:
+    levels = layout.config.exchange.levels
+    part = Part.of(layout, 1, layouts.free_axes(layouts.mesh_here(layout)))
+    if layout.config.exchange.fetch != 1 or part.experts != levels or part.sizes[levels[0]] == 1:
         return one_level(
             x_GSM,
             slots,

@@ -169,14 +169,14 @@ def _of_exchange(
     experts: tuple[str, ...],
     hidden: tuple[str, ...],
 ) -> list[str]:
-    found, fetch = [], exchange.fetch
+    found, fetch = [], exchange.fetch_of(devices)
     if fetch != "auto" and devices % fetch:
         divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         found.append(
             f"exchange.fetch: must divide the devices of the axes that slots_wire's E is split "
             f"over; got fetch={fetch}, {_shown('E', experts)}={devices}; use one of {divisors}"
         )
-    if exchange.chunks > 1 and fetch == devices and not hidden:
+    if exchange.chunks > 1 and fetch == devices > 1 and not hidden:
         found.append(
             "exchange.chunks: must be 1 where no token travels: pieces would hide nothing; got "
             f"chunks={exchange.chunks}, fetch={fetch}, {_shown('E', experts)}={devices}; use "

@@ -357,8 +357,9 @@ class Layout:
         parts = math.prod(mesh[axis] for axis in self.axes_of("slots_wire", "E"))
         local = num_experts // parts
         # With `auto` any fetch may be chosen, and a device may have its own experts alone.
-        if exchange.tokens == "all_to_all" and exchange.fetch != "auto":
-            local *= by_hand.gathering(exchange, exchange.fetch, mesh, parts)
+        fetch = exchange.fetch_of(parts)
+        if exchange.tokens == "all_to_all" and fetch != "auto":
+            local *= by_hand.gathering(exchange, fetch, mesh, parts)
         fault = sizes.chunk_fault(exchange.chunks, local, capacity, exchange.chunk_by)
         return [fault] if fault else []
 

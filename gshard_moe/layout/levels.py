@@ -36,7 +36,7 @@ def faults(
             'links at once; use tokens = "all_to_all"'
         )
     devices = sizes[levels[0]] * sizes[levels[1]]
-    if exchange.fetch not in (1, devices, "auto"):
+    if exchange.fetch_of(devices) not in (1, devices):
         shown = ", ".join(f"{axis}={sizes[axis]}" for axis in levels)
         found.append(
             "exchange.fetch: with exchange.levels must be 1 (tokens travel, once to a node) or all "
