@@ -2,7 +2,7 @@
 
 from gshard_moe.dispatch import einsum, gather, rows
 from gshard_moe.dispatch.rows import Rows, Served, load, serve_all, served_slots, softened
-from gshard_moe.dispatch.slots import KEPT, Slots, assign, expert_choice, kept
+from gshard_moe.dispatch.slots import KEPT, Slots, assign, expert_choice
 
 __all__ = [
     "KEPT",
@@ -13,7 +13,6 @@ __all__ = [
     "einsum",
     "expert_choice",
     "gather",
-    "kept",
     "load",
     "rows",
     "serve_all",

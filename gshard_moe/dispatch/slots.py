@@ -3,7 +3,6 @@
 G groups, S tokens, E experts, C slots of one expert for one group, K choices of a token.
 """
 
-import functools
 import typing
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gshard_moe import config
 from gshard_moe.routing import Order, Routing
 
-# What a checkpoint policy calls the integers of `kept` slots.
+# What a checkpoint policy calls the integers of slots.
 KEPT = "slots"
 
 
@@ -70,16 +69,11 @@ def assign(
         slot_GSK = _rows(slot_GSK, jnp.argsort(rank_GS, axis=-1))
     else:
         token_GEC, slot_GSK = _serve(expert_GSK, capacity, used_GE, routing.order)
+    token_GEC, slot_GSK = _named(token_GEC, slot_GSK)
     gate_GSK = jnp.where(slot_GSK >= 0, routing.gate_GSK, 0.0)
     if renormalize == "after_drops":
         gate_GSK = renormalized(gate_GSK, gate_sum)
     return Slots(token_GEC, slot_GSK, gate_GSK)
-
-
-def kept(slots: Slots) -> Slots:
-    """Names the integers, for a checkpoint policy that keeps them: `KEPT`."""
-    name = functools.partial(checkpoint_name, name=KEPT)
-    return slots._replace(token_GEC=name(slots.token_GEC), slot_GSK=name(slots.slot_GSK))
 
 
 def check_renormalize(renormalize: str) -> None:
@@ -123,8 +117,13 @@ def expert_choice(
         token_GEC = jnp.where(there_GEC, token_GEC, -1)
         slot_GES = jnp.where(mask_GS[:, None], slot_GES, -1)
     token_GEC = jnp.pad(token_GEC, ((0, 0), (0, 0), (0, capacity - taken)), constant_values=-1)
-    slot_GSE = slot_GES.swapaxes(1, 2)
+    token_GEC, slot_GSE = _named(token_GEC, slot_GES.swapaxes(1, 2))
     return Slots(token_GEC, slot_GSE, jnp.where(slot_GSE >= 0, scale * probability_GSE, 0.0))
+
+
+def _named(token_GEC: jax.Array, slot_GSK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Names the integers, for a checkpoint policy that keeps them."""
+    return checkpoint_name(token_GEC, KEPT), checkpoint_name(slot_GSK, KEPT)
 
 
 def _serve(

@@ -271,7 +271,6 @@ def _moe(
         with jax.named_scope("dispatch"):
             if slots is None:
                 slots = _slots(chosen, config, train=train)
-            slots = dispatch.kept(slots)
             served = dispatch.served_slots(slots)
         # Sampling has groups of a few tokens.
         common["fewer"] = not train
