@@ -1,10 +1,12 @@
 """Small configs, weights and layouts that several tests share."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gshard_moe import Layout, ModelConfig, MoEConfig, TrainConfig, load_sharding
 from gshard_moe.layout import MeshLike
@@ -16,6 +18,16 @@ SHARDED_CARDS = (
     *("data", "fsdp", "expert", "expert_data", "expert_fsdp", "expert_model", "spmd"),
     *("all_to_all", "pipe_experts", "janus", "hybrid", "auto", "two_level", "ragged"),
 )
+
+
+def some(cases: Sequence, *always: int) -> list:
+    """Returns parameters of a test of which only these, by number, are not `slow`."""
+    return [
+        case
+        if number in always
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for number, case in enumerate(cases)
+    ]
 
 
 def moe_config(**changes) -> MoEConfig:

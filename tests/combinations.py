@@ -135,6 +135,24 @@ REFUSALS = {
 }
 
 
+def plain(tokens: str, **changes: Any) -> Combination:
+    """Returns a member as it is by default, but for these changes."""
+    default = {key: values[0] for key, values in VALUES.items()}
+    return Combination(**default | {"tokens": tokens, "routing": "skewed"} | changes)
+
+
+# What several processes run in one launch, beside the cards: `spmd` is all but a few of those.
+OVER_PROCESSES = (
+    plain("all_to_all", chunks=2, routing="tight"),
+    plain("all_to_all", fetch=8, prefetch=2, remat="full", routing="roomy"),
+    plain("all_to_all", fetch=2, chunks=2, layout="data", routing="empty experts"),
+    plain("all_to_all", layout="model", chunks=2, links="one", routing="one expert, roomy"),
+    plain("all_to_all", levels="two", chunks=2, layout="fsdp", remat="full"),
+    plain("all_to_all", levels="two", fetch=8, routing="one choice"),
+    plain("ragged", layout="model", routing="empty experts"),
+)
+
+
 def asks_for_something(found: Combination) -> bool:
     """Whether no value is one that the others leave without meaning: it would be another's copy."""
     ring = found.fetch // found.gathering if found.weights == "ring" else 1

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import cases
+import combinations
 import job
 
 WORKER = pathlib.Path(__file__).parent / "integer_worker.py"
+# Each compiles some twenty layers.
+PATIENCE = 2 * job.PATIENCE
 
 
 def test_two_processes_agree_with_the_loop_to_the_bit():
@@ -25,8 +28,9 @@ def test_two_processes_agree_with_the_loop_to_the_bit():
         )
         for index in range(2)
     ]
-    outputs = [worker.communicate(timeout=job.PATIENCE)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
+    names = [*cases.SHARDED_CARDS, *(found.name for found in combinations.OVER_PROCESSES)]
     for index, (worker, output) in enumerate(zip(workers, outputs, strict=True)):
         assert worker.returncode == 0, output
-        for card in cases.SHARDED_CARDS:
-            assert f"process {index}: {card}: equal" in output
+        for name in names:
+            assert f"process {index}: {name}: equal" in output
