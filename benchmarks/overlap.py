@@ -142,7 +142,8 @@ def step_rows(
 ) -> list[dict[str, Any]]:
     """Compiles a model's train step by each member."""
     cluster, config = aot.cluster(topology), load_model(model)
-    rows = []
+    train = dataclasses.replace(config.train, dtype="bfloat16")
+    config, rows = dataclasses.replace(config, train=train), []
     for member in members:
         layout = layout_of("expert_fsdp", member, mesh)
         found = study("train-step", config, layout, cluster)

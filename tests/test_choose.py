@@ -110,7 +110,7 @@ def test_the_rows_by_hand(layer):
     for fetch, tokens, weights, _ in choose.choose(layout_of(card, mesh, **keys), sizes).rows:
         A = D // fetch
         vectors = slots * M // model * b * (A - 1) // A * (4 + again)
-        gates = 2 * (slots * b * (A - 1) // A) + slots * 4 * (A - 1) // A
+        gates = (1 + again) * (slots * b * (A - 1) // A) + slots * 4 * (A - 1) // A
         assert tokens == vectors + gates
         passes = (2 * (inputs + 1)) * (fetch - 1) * b
         if keys["weights"] == "gather":

@@ -39,8 +39,8 @@ EXPOSED: dict[tuple[str, bool], dict[LinkModel, float]] = {
     ("h200:1x8", False): {"lhs": 0.30, "bisect": 0.30},
     ("h200:1x8", True): {"lhs": 0.10, "bisect": 0.10},
 }
-# Seconds that the ring stands still. Seen: forward 0, with gradients 0.33 ms of 5.2.
-RING_EXPOSED = {False: 0.05e-3, True: 0.6e-3}
+# Seconds that the ring stands still. Seen: forward 0, with gradients 0.15 ms of 5.2.
+RING_EXPOSED = {False: 0.05e-3, True: 0.3e-3}
 # What the wide layer sends one way: bfloat16 tokens in their slots, in MiB.
 SLOTS = 64
 WIDE = {"tokens": 4096, "experts": 4, "model_dim": 4096, "hidden_dim": 8192}
@@ -218,9 +218,5 @@ def test_the_rings_forward_is_hidden_on_v5p():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="0.93: nothing keeps the weight gradients' products until their sums travel",
-)
 def test_the_rings_gradients_are_hidden_on_v5p():
     assert hidden_share(check_ring(gradients=True), "collective-permute") == 1.0

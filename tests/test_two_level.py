@@ -269,15 +269,6 @@ def test_masks_are_refused_but_where_weights_travel():
     check(integer_case.config(), Layout(dataclasses.replace(sharding, exchange=exchange)))
 
 
-def test_rows_are_refused():
-    lay = layout("expert", "node=2,local=4", tokens="all_to_all")
-    compute = dataclasses.replace(lay.config.compute, dispatch="ragged")
-    exchange = dataclasses.replace(lay.config.exchange, tokens="ragged")
-    lay = Layout(dataclasses.replace(lay.config, compute=compute, exchange=exchange))
-    with pytest.raises(LayoutError, match='must be none with tokens = "ragged", which crosses'):
-        lay.check_exchange(())
-
-
 def test_experts_that_do_not_divide_by_both_levels_are_refused():
     config = cases.moe_config(num_experts=12)
     message = (

@@ -199,6 +199,19 @@ class _Piece(NamedTuple):
     products: list[jax.Array]
 
 
+class _Kept(NamedTuple):
+    """What the backward needs, of the device.
+
+    Attributes:
+      steps: the pieces of each step.
+      gates, keys: as they have arrived.
+    """
+
+    steps: list[list[_Piece]]
+    gates: jax.Array
+    keys: jax.Array | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer on one device.
@@ -224,14 +237,14 @@ class Layer:
 
     def forward(
         self, xs_EgCm: jax.Array, gates: jax.Array, keys: Any, held: Weights
-    ) -> tuple[jax.Array, list[list[_Piece]]]:
-        """Returns the slots' outputs, and of each step and piece what the backward needs."""
+    ) -> tuple[jax.Array, "_Kept"]:
+        """Returns the slots' outputs, and what the backward needs."""
         part = self.part
         xs, keys = self._by_block(xs_EgCm), self._extras(keys)
         gates = self._extras(gates)
         where = self._cut(xs, part.pieces)
         blocks, ring = _Blocks(part, xs), _Ring(part, part.used(held, xs.dtype))
-        kept = []
+        steps = []
         for step in range(part.ring):
             used = part.gathered(ring.next())
             block = functools.partial(_split, where, block=part.at(step))
@@ -244,9 +257,10 @@ class Layer:
                 y = self._outputs(self._hidden(products, gate, key), gate, own)
                 out.append(turns.back(ring.computed(y, len(out) + 1 == len(where.sizes))))
                 pieces.append(_Piece(x, products))
-            kept.append(pieces)
+            steps.append(pieces)
             blocks.put(step, _joined(where, out))
-        return blocks.whole(xs_EgCm.shape), jax.tree.map(lambda x: x[None], kept)
+        kept = jax.tree.map(lambda x: x[None], _Kept(steps, gates, keys))
+        return blocks.whole(xs_EgCm.shape), kept
 
     def backward(
         self,
@@ -268,12 +282,16 @@ class Layer:
         part = self.part
         if not self.again:  # else the compiler may keep what `forward` had gathered of them
             held, dys_EgCm = jax.lax.optimization_barrier((held, dys_EgCm))
-        dys, keys = self._by_block(dys_EgCm), self._extras(keys)
-        gates, gates_back = jax.vjp(self._extras, gates)
+            steps, arrived, keys = jax.tree.map(lambda x: x[0], kept)
+            gates_back = jax.vjp(self._extras, gates)[1]
+        else:
+            steps, keys = [], self._extras(keys)
+            arrived, gates_back = jax.vjp(self._extras, gates)
+        dys = self._by_block(dys_EgCm)
         used = functools.partial(part.used, dtype=dys.dtype)
         own, held_back = jax.vjp(used, held)
         where = self._cut(dys, 1 if self.again else part.pieces)
-        blocks, gate_blocks, ring = _Blocks(part, dys), _Blocks(part, gates), _Ring(part, own)
+        blocks, gate_blocks, ring = _Blocks(part, dys), _Blocks(part, arrived), _Ring(part, own)
         total: Weights = {}
         for step in range(part.ring):
             here = jax.tree.map(lambda w: w.astype(jnp.float32), part.gathered(ring.next()))
@@ -283,10 +301,10 @@ class Layer:
             if self.again:
                 found = self._again(turns, block(self._by_block(kept)), here)
             else:
-                found = [_Piece(*jax.tree.map(lambda x: x[0], piece)) for piece in kept[step]]
+                found = steps[step]
             out, dgates, dhere = [], [], []
             sides = zip(
-                arriving, found, block(gates), block(keys), _weights(where, here), strict=True
+                arriving, found, block(arrived), block(keys), _weights(where, here), strict=True
             )
             for dy, piece, gate, key, weights in sides:
                 dx, dgate, dweights = self._piece_back(piece, dy, gate, key, weights)
@@ -297,10 +315,11 @@ class Layer:
             gate_blocks.put(step, _joined(where, dgates))
             mine = part.scattered(_joined_weights(where, dhere))
             total = jax.tree.map(jnp.add, part.handed_on(total), mine) if step else mine
+            total = ring.summed(total)
         total = {name: w.astype(dys.dtype) for name, w in total.items()}
         if part.ring > 1:
             total = part.handed_on(total)  # home
-        (dgates,) = gates_back(gate_blocks.whole(gates.shape))
+        (dgates,) = gates_back(gate_blocks.whole(arrived.shape))
         (dheld,) = held_back(total)
         return blocks.whole(dys_EgCm.shape), dgates, dheld
 
@@ -412,6 +431,12 @@ class _Ring:
             if self._left:
                 self._coming[-1], y = jax.lax.optimization_barrier((self._coming[-1], y))
         return y
+
+    def summed(self, total: Weights) -> Weights:
+        """Holds the next step's weights back until this step's sums of gradients can be sent."""
+        if self._coming and total:
+            self._coming[-1], total = jax.lax.optimization_barrier((self._coming[-1], total))
+        return total
 
 
 class _Turns:

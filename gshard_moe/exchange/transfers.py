@@ -58,11 +58,12 @@ def of_tokens(part: Part, sizes: Sizes) -> list[Collective]:
     way = _swapped(part, held, "slots_wire")
     there = cut(times(way, 2), part.ring * part.pieces)
     again = cut(times(way, 2 + sizes.recomputed), part.ring * backward_pieces(part, sizes))
-    # Gates go forward, and again for the backward, and their gradient in float32 back. They are
-    # float32, but the compiler rounds before it sends what is only read rounded.
-    gates = times(_swapped(part, slots * sizes.itemsize, "choices"), 2)
+    # Gates go forward, and again where products are computed again, and their gradient in float32
+    # back. They are float32, but the compiler rounds before it sends what is only read rounded.
+    gates = times(_swapped(part, slots * sizes.itemsize, "choices"), 1 + sizes.recomputed)
     gates += _swapped(part, slots * _FLOAT32, "choices")
-    keys = times(_swapped(part, slots * _KEY, "choices"), 2 if sizes.dropout else 0)
+    keys = _swapped(part, slots * _KEY, "choices") if sizes.dropout else []
+    keys = times(keys, 1 + sizes.recomputed)
     return there + again + gates + keys
 
 

@@ -485,15 +485,15 @@ def _used_forward(layout: Layout, role: str, x: jax.Array) -> tuple[jax.Array, N
 
 
 def _used_backward(layout: Layout, role: str, _: None, dx: jax.Array) -> tuple[jax.Array]:
-    # Where it is summed over the gathered axes alone, it is first as it was used, or the
-    # partitioner carries the stored split into the computation of dx. Where it is summed over
-    # others too, that would make one sum over all of them of what is whole, which is cut only then.
+    # Where it is summed over the gathered axes alone, or is of a table, it is first as it was used,
+    # or the partitioner carries the stored split into the computation of dx. Where a product is
+    # summed over others too, that would be one sum over all axes of what is whole, cut only then.
     summed = layout.axes_of(*(("slots", "G") if role.startswith("expert_") else ("tokens", "B")))
     stored, used = (
         {axis for dim in layout.dims(role, stage) for axis in dim.axes}
         for stage in ("stored", "used")
     )
-    if set(summed) <= stored - used:
+    if set(summed) <= stored - used or role in ("embed", "positions"):
         dx = layout.constrain(role, dx, "used")
     return (layout.constrain(role, dx, "stored"),)
 

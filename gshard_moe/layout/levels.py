@@ -30,11 +30,6 @@ def faults(
             f"{list(levels)}, layout.slots_wire {'/'.join(('E', *experts))}; lay E out as "
             f"{'/'.join(('E', *levels))}"
         )
-    if exchange.tokens != "all_to_all":
-        found.append(
-            f'exchange.levels: must be none with tokens = "{exchange.tokens}", which crosses all '
-            'links at once; use tokens = "all_to_all"'
-        )
     devices = sizes[levels[0]] * sizes[levels[1]]
     if exchange.fetch_of(devices) not in (1, devices):
         shown = ", ".join(f"{axis}={sizes[axis]}" for axis in levels)
