@@ -12,8 +12,8 @@ from gshard_moe.aot.jit import refused as refused_option
 from gshard_moe.aot.options import Value, compiler_options
 from gshard_moe.timeline import hlo
 
-# A compilation without a GPU cannot try kernels out.
-_WITHOUT_GPU: dict[str, Value] = {"xla_gpu_autotune_level": 0}
+# A compilation without a GPU cannot try kernels out, and Triton's have no default for some shapes.
+_WITHOUT_GPU: dict[str, Value] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TOO_LARGE = re.compile(
     r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
