@@ -15,7 +15,17 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gshard_moe import Layout, LayoutError, MoE, MoEConfig, config, exchange, load_sharding, moe
+from gshard_moe import (
+    Layout,
+    LayoutError,
+    MoE,
+    MoEConfig,
+    config,
+    exchange,
+    load_sharding,
+    moe,
+    routing,
+)
 from gshard_moe.layout import MeshLike
 from gshard_moe.train import state, step
 from gshard_moe.train import traffic as train_traffic
@@ -267,6 +277,19 @@ def test_inside_the_callers_shard_map():
     check_close(got, jax.jit(run)(weights, x_BLM))
 
 
+def test_an_expert_twice_for_a_token():
+    """A routing that is handed in may say so; all of a token's rows may then go to one expert."""
+    config = cases.moe_config(**DROPLESS)
+    weights = MoE(config, rngs=nnx.Rngs(0)).weights
+    x_BLM = jax.random.normal(jax.random.key(1), (8, 8, 16))
+    shape = (8, 8, 2)
+    twice = routing.forced(jnp.full(shape, 3), jnp.full(shape, 0.5), num_experts=8)
+    given = functools.partial(moe, weights, x_BLM, config, routing=twice)
+    expected = given(layout=None).y_BLM
+    got = jax.jit(lambda: given(layout=ragged("expert", **FAST)).y_BLM)()
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
 # ------------------------------------------------------------------ what is sent
 
 
@@ -410,7 +433,7 @@ def test_a_step_counts_them_by_layer():
 def test_a_layout_is_refused_with_what_to_change(card: str, roles: dict[str, str], message: str):
     layout = ragged(card, roles=roles)
     with pytest.raises(LayoutError, match=message):
-        layout.check_ragged()
+        layout.check_exchange(("expert_in", "expert_out"))
     with pytest.raises(LayoutError, match=message):
         layout.check(cases.model_config(cases.moe_config()))
 
@@ -428,7 +451,7 @@ def test_experts_that_do_not_divide_are_refused():
 def test_split_experts_without_an_exchange_are_told_of_it():
     layout = cases.layout("expert", dispatch="ragged")
     with pytest.raises(LayoutError, match=r"send rows with exchange.tokens = \"ragged\", or use"):
-        layout.check_ragged()
+        layout.check_exchange(("expert_in", "expert_out"))
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def _print_fetches(console: Console, fetches: list[traffic.Fetch]) -> None:
     """Prints, of each kind of layer, what every fetch would send; nothing without such layers."""
     if not fetches:
         return
-    title = "Tokens or weights: what a device sends over the expert axes, in one pass of a layer"
+    title = "Tokens or weights: what a device sends over the expert axes, in a step of one layer"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("layers", "R"):
         table.add_column(name)

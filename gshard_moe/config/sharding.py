@@ -215,7 +215,13 @@ class ExchangeConfig(Checked):
             lambda: self.fetch != "auto" or not self.levels,
             "must be 1 (tokens travel) or all (experts do)",
         )
-        of_shard_map = {"fetch": 1, "levels": (), "links": "any"}
+        faults.require(
+            "weights",
+            ("weights", "levels"),
+            lambda: self.weights == "ring" or not self.levels,
+            'must be "ring" with levels: it goes between nodes, whose devices gather',
+        )
+        of_shard_map = {"fetch": 1, "levels": (), "links": "any", "weights": "ring", "prefetch": 1}
         for key, default in of_shard_map.items():
             faults.require(
                 key,

@@ -6,6 +6,9 @@ with the square of the group size; it needs nothing but matrix multiplication.
 G groups, S tokens, E experts, C slots, K choices, M model width.
 """
 
+import warnings
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -40,3 +43,17 @@ def combine(
     Source: GShard, arXiv 2006.16668, algorithm 2.
     """
     return jnp.einsum("gsec,egcm->gsm", mask_GSEC, ys_EGCM)
+
+
+def warn_of_masks(shape_GS: Sequence[int], shape_GEC: Sequence[int], hidden_dim: int) -> None:
+    """Warns where the masks cost more than the experts: two products of S against two of H."""
+    (G, S), (_, E, C) = shape_GS, shape_GEC
+    if S <= hidden_dim:
+        return
+    warnings.warn(
+        f'dispatch "einsum": group_size={S} is more than hidden_dim={hidden_dim}, so the masks '
+        f"[G, S, E, C] = {[G, S, E, C]} are larger than the experts' hidden layer, and to multiply "
+        "by them costs what the experts cost; both grow with the square of group_size: use "
+        'compute.dispatch = "gather", which computes the same, or smaller groups',
+        stacklevel=2,
+    )

@@ -73,6 +73,7 @@ def exchange(
         )
         key_EGC2 = jax.random.key_data(key_EGC)
     if layout.config.compute.dispatch == "einsum":
+        einsum.warn_of_masks(x_GSM.shape[:2], slots.token_GEC.shape, config.hidden_dim)
         mask_GSEC = layout.constrain("mask", einsum.mask(slots, served_GSK))
         xs_EGCM = einsum.dispatch(x_GSM, mask_GSEC)
         add: Callable = functools.partial(einsum.combine, mask_GSEC=mask_GSEC)
@@ -80,6 +81,8 @@ def exchange(
         xs_EGCM = gather.dispatch(x_GSM, slots)
         add = functools.partial(gather.add, slots=slots)
     xs_EGCM = layout.constrain("slots_source", xs_EGCM)
+    for name, weight in held_of(weights).items():
+        layout.shape_per_device(ROLES[name], weight.shape)  # or says what does not divide
     sizes = Sizes(
         xs_EGCM.shape,
         tuple((ROLES[name], w.shape) for name, w in held_of(weights).items()),
@@ -88,10 +91,15 @@ def exchange(
         recomputed=layout.config.compute.computes_again,
     )
     part = choose.part_of(layout, sizes, layouts.free_axes(layouts.mesh_here(layout)))
-    layer = Layer(part, config, fewer, again=sizes.recomputed)
+    layer = Layer(part, config, fewer, sizes.recomputed, key_impl(dropout_key_G))
     ys_EGCM = carry(layer, xs_EGCM, gate_EGC, key_EGC2, weights, layout)
     with jax.named_scope("combine"):
         return add(layout.constrain("slots_source", ys_EGCM))
+
+
+def key_impl(key: jax.Array | None) -> Any:
+    """Returns how a key makes numbers; None without one."""
+    return None if key is None else jax.random.key_impl(key)
 
 
 def held_of(weights: ExpertWeights) -> Weights:
@@ -184,6 +192,9 @@ def carry(
         return dxs, dgates, None, dheld
 
     run.defvjp(forward, backward)
+    # Of what a caller's `shard_map` has made vary, the gradients are summed by it.
+    leaves, tree = jax.tree.flatten((xs_EGCM, gate_EGC, held))
+    xs_EGCM, gate_EGC, held = tree.unflatten(experts.varying_alike(*leaves))
     return run(xs_EGCM, gate_EGC, extras, held)
 
 
@@ -223,12 +234,14 @@ class Layer:
       again: the backward computes products again, of the slots, instead of keeping them; in one
         piece, in which all that travels has something to hide behind: tokens behind the gradients'
         first product, the gradients behind the block that is computed again before.
+      key_impl: of the keys of dropout.
     """
 
     part: Part
     config: configs.MoEConfig
     fewer: bool
     again: bool
+    key_impl: Any = None
 
     @property
     def kept_spec(self) -> P:
@@ -361,10 +374,11 @@ class Layer:
         return vary(self.part.swap(self._by_block(extra)), self.part.axes)
 
     def _cut(self, xs: jax.Array, chunks: int) -> chunking.Cut:
-        size = {"num_experts": xs.shape[2], "capacity": xs.shape[4], "parts": 1}
+        size: Any = {"num_experts": xs.shape[2], "capacity": xs.shape[4], "parts": 1}
+        size["by"] = self.part.config.chunk_by
         if self.fewer:
             chunks = min(chunks, chunking.most(**size))
-        return chunking.cut(chunks, by=self.part.config.chunk_by, **size)
+        return chunking.cut(chunks, **size)
 
     def _products(self, x: jax.Array, own: Weights) -> list[jax.Array]:
         with jax.named_scope("expert"):
@@ -397,7 +411,7 @@ class Layer:
 
         def drop(h: jax.Array) -> jax.Array:
             assert key is not None
-            key_X = jax.random.wrap_key_data(key.reshape(-1, key.shape[-1]))
+            key_X = jax.random.wrap_key_data(key.reshape(-1, key.shape[-1]), impl=self.key_impl)
             rows_XH = h.reshape(-1, h.shape[-1])
             share = self.config.expert_dropout
             return experts.dropped(rows_XH, key_X, share, parts=parts, at=at).reshape(h.shape)

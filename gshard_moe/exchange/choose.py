@@ -17,7 +17,7 @@ from gshard_moe.exchange import transfers
 from gshard_moe.exchange.part import Part
 from gshard_moe.exchange.transfers import Sizes
 from gshard_moe.hardware import Chip
-from gshard_moe.layout import Layout
+from gshard_moe.layout import Layout, LayoutError
 from gshard_moe.layout.traffic import Collective
 
 # With `levels` and no chip, a byte over the first one's links costs as much as so many over the
@@ -70,6 +70,13 @@ def part_of(layout: Layout, sizes: Sizes, free: Sequence[str] | None = None) -> 
     if part.devices == 1:  # in a caller's shard_map, a device may have all experts
         return part
     fetch = layout.config.exchange.fetch_of(part.devices)
+    if fetch != "auto" and part.devices % fetch:
+        axes = ", ".join(f"{axis}={part.sizes[axis]}" for axis in part.experts)
+        raise LayoutError(
+            f"{layout.source}: exchange.fetch: must divide the devices of E's axes that no "
+            f"shard_map of a caller has taken; got fetch={fetch}, {axes}; use a divisor, "
+            'or fetch = "all"'
+        )
     if fetch == "auto":
         fetch = choose(layout, sizes, free).fetch
     return Part.of(layout, fetch, free)

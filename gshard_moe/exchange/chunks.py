@@ -52,9 +52,10 @@ class Cut(NamedTuple):
     parts: int
 
 
-def most(*, num_experts: int, capacity: int, parts: int) -> int:
+def most(*, num_experts: int, capacity: int, parts: int, by: ChunkBy = "auto") -> int:
     """Returns how many chunks there can be; arguments as of `cut`."""
-    return max(num_experts // parts, capacity)
+    local = num_experts // parts
+    return {"auto": max(local, capacity), "expert": local, "capacity": capacity}[by]
 
 
 def cut(chunks: int, *, num_experts: int, capacity: int, parts: int, by: ChunkBy = "auto") -> Cut:

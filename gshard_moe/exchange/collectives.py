@@ -92,7 +92,13 @@ def of_weight(
     if count == 1 or layout.config.compute.dispatch == "ragged":
         return list(whole)
     parts = math.prod(layout.axis_sizes[axis] for axis in layout.axes_of("slots_wire", "E"))
-    where = chunks.cut(count, num_experts=sizes["E"], capacity=sizes["C"], parts=parts)
+    where = chunks.cut(
+        count,
+        num_experts=sizes["E"],
+        capacity=sizes["C"],
+        parts=parts,
+        by=layout.config.exchange.chunk_by,
+    )
     if where.parts:
         return traffic.cut(whole, count)  # each chunk has weights of its own
     # By capacity they are gathered once, and each chunk's gradient is summed by itself.

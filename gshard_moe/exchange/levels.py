@@ -80,7 +80,7 @@ def _lists(
     places = list_length(num_tokens, of_node, capacity)
     shape = (num_nodes, num_groups, places)
     lists = traffic.held_bytes(layout, "slots_source", (*shape, width), itemsize)
-    return lists, math.prod(shape) * min(of_node, config.num_choices)
+    return lists, math.prod(shape) * config.num_choices
 
 
 def _each(layout: Layout, axes: Sequence[str], *held: int) -> list[Collective]:

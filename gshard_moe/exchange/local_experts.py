@@ -91,7 +91,7 @@ def run(
             form = _form(xs_Am, order, how, config, key_A)
             ys_AM = experts.ffn(ExpertWeights(**inner), xs_Am, config, form)
         ys_Am = _summed(ys_AM, how)
-        if inner == held:
+        if "out_bias_EM" not in held:
             return ys_Am
         # Once: of a split hidden dim each device has a part of the sum.
         bias_eM = _gathered(held["out_bias_EM"], "expert_out_bias", ys_Am, how)

@@ -52,6 +52,7 @@ def exchange(
     layout: Layout,
     use: Use,
     slots_of_group: int | None = None,
+    distinct: bool = True,
     dropout_key_G: Key[Array, " G"] | None = None,
 ) -> Float[Array, "G S M"]:
     """Takes tokens to their experts and back, as rows.
@@ -60,13 +61,14 @@ def exchange(
 
     Args:
       x_GSM: the tokens.
-      served: who goes to which expert, each once for a token.
+      served: who goes to which expert.
       weights: of all experts, as stored.
       config: of the experts.
-      layout: where; `Layout.check_ragged` finds nothing.
+      layout: where; `Layout.check_exchange` finds nothing.
       use: lays out a weight for its use.
       slots_of_group: choices of a group that can be served at most, an equal share of them by each
         expert; None: all.
+      distinct: a token's experts are; else more room is needed for what may come.
       dropout_key_G: a key for each group, where hidden units are dropped.
     Returns:
       The weighted sum of each token's served experts.
@@ -87,7 +89,8 @@ def exchange(
             dropout_key_G=dropout_key_G,
         )
     _refuse_taken(layout, axes)
-    here = _Here(axes, Experts.of(layout), layouts.platform_of(layout) == "cpu", slots_of_group)
+    emulated = layouts.platform_of(layout) == "cpu"
+    here = _Here(axes, Experts.of(layout), emulated, slots_of_group, distinct)
     held = {name: w for name, w in weights._asdict().items() if w is not None}
     for name, weight in held.items():
         layout.shape_per_device(ROLES[name], weight.shape)  # or says what does not divide
@@ -116,12 +119,14 @@ class _Here(NamedTuple):
       experts: how the device runs its own.
       emulated: the platform has no ragged all-to-all.
       slots_of_group: choices of a group that can be served at most; None: all.
+      distinct: a token's experts are.
     """
 
     axes: tuple[str, ...]
     experts: Experts
     emulated: bool
     slots_of_group: int | None
+    distinct: bool
 
 
 def expert_axes(layout: Layout) -> tuple[str, ...]:
@@ -156,7 +161,7 @@ def _on_a_device(
     expert_TK = expert_gSK.reshape(-1, expert_gSK.shape[2])
     parts = jax.lax.axis_size(here.axes)
     num_sent, num_received = _longest(
-        expert_gSK.shape, config.num_experts, here.slots_of_group, parts
+        expert_gSK.shape, config.num_experts, here.slots_of_group, parts, distinct=here.distinct
     )
     with jax.named_scope("dispatch"):
         found = rows.sort_by_expert(expert_TK, num_experts=config.num_experts, max_rows=num_sent)
@@ -187,13 +192,18 @@ def _on_a_device(
 
 
 def _longest(
-    shape_gSK: Sequence[int], num_experts: int, slots_of_group: int | None, parts: int
+    shape_gSK: Sequence[int],
+    num_experts: int,
+    slots_of_group: int | None,
+    parts: int,
+    *,
+    distinct: bool = True,
 ) -> tuple[int, int]:
     """Returns how many rows a device sends, and receives from all `parts` of them, at most."""
     groups, tokens, top_k = shape_gSK
     sent = groups * tokens * top_k
-    # A token goes to each of a device's experts once.
-    from_one = groups * tokens * min(top_k, num_experts // parts)
+    # A token goes to each of a device's experts once, if its experts are distinct.
+    from_one = groups * tokens * (min(top_k, num_experts // parts) if distinct else top_k)
     if slots_of_group is not None:
         sent = min(sent, groups * slots_of_group)
         from_one = min(from_one, groups * slots_of_group // parts)

@@ -9,8 +9,8 @@ G groups, S tokens, E experts, C slots, M model width.
 
 import functools
 import math
-import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Key
@@ -61,7 +61,7 @@ def exchange(
     Source: GShard, arXiv 2006.16668, algorithm 2 and section 3.2.
     """
     if dispatch == "einsum":
-        _warn_of_masks(x_GSM.shape[:2], slots.token_GEC.shape, config.hidden_dim)
+        einsum.warn_of_masks(x_GSM.shape[:2], slots.token_GEC.shape, config.hidden_dim)
         gate_GSK = slots.gate_GSK.astype(x_GSM.dtype)
         served_GSK = (slots.slot_GSK >= 0).astype(x_GSM.dtype)
         dispatch_GSEC = constrain("mask", einsum.mask(slots, served_GSK))
@@ -72,13 +72,11 @@ def exchange(
         xs_EGCM = gather.dispatch(x_GSM, slots)
         combine = functools.partial(gather.combine, slots=slots)
     num_experts, _, capacity, _ = xs_EGCM.shape
+    size: Any = {"num_experts": num_experts, "capacity": capacity, "parts": expert_parts}
+    size["by"] = chunk_by
     if fewer:
-        chunks = min(
-            chunks, chunking.most(num_experts=num_experts, capacity=capacity, parts=expert_parts)
-        )
-    where = chunking.cut(
-        chunks, num_experts=num_experts, capacity=capacity, parts=expert_parts, by=chunk_by
-    )
+        chunks = min(chunks, chunking.most(**size))
+    where = chunking.cut(chunks, **size)
 
     def run(chunk: chunking.Chunk) -> jax.Array:
         """Takes a chunk to its experts and back; XLA interleaves what does not depend."""
@@ -104,20 +102,6 @@ def exchange(
         ys_EGCM = constrain("slots_source", chunking.joined(ys_EGCM, where))
     with jax.named_scope("combine"):
         return combine(ys_EGCM)
-
-
-def _warn_of_masks(shape_GS: Sequence[int], shape_GEC: Sequence[int], hidden_dim: int) -> None:
-    """Warns where the masks cost more than the experts: two products of S against two of H."""
-    (G, S), (_, E, C) = shape_GS, shape_GEC
-    if S <= hidden_dim:
-        return
-    warnings.warn(
-        f'dispatch "einsum": group_size={S} is more than hidden_dim={hidden_dim}, so the masks '
-        f"[G, S, E, C] = {[G, S, E, C]} are larger than the experts' hidden layer, and to multiply "
-        "by them costs what the experts cost; both grow with the square of group_size: use "
-        'compute.dispatch = "gather", which computes the same, or smaller groups',
-        stacklevel=2,
-    )
 
 
 def collectives(

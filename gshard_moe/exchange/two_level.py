@@ -30,7 +30,7 @@ from gshard_moe import config as configs
 from gshard_moe import experts
 from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Slots, gather
-from gshard_moe.exchange.all_to_all import Layer, carry
+from gshard_moe.exchange.all_to_all import Layer, carry, key_impl
 from gshard_moe.exchange.all_to_all import exchange as one_level
 from gshard_moe.exchange.part import Part, Weights
 from gshard_moe.experts import ExpertWeights
@@ -56,7 +56,7 @@ def exchange(
       slots: who goes where.
       weights: of all experts, as stored.
       config: of the experts.
-      layout: on a mesh, with `levels`; `Layout.check_levels` finds nothing.
+      layout: on a mesh, with `levels`; `Layout.check_exchange` finds nothing.
       dropout_key_G: a key for each group, where hidden units are dropped.
       fewer: takes fewer chunks where there cannot be as many.
     Returns:
@@ -85,7 +85,8 @@ def exchange(
         key_EGC2 = jax.random.key_data(key_EGC)
     gate_EGC = gather.gates(slots).astype(jnp.float32)
     inside = dataclasses.replace(part, experts=(local,))
-    within = Layer(inside, config, fewer, again=layout.config.compute.computes_again)
+    again = layout.config.compute.computes_again
+    within = Layer(inside, config, fewer, again, key_impl(dropout_key_G))
     lists_AGZM = layout.constrain("slots_source", gather.dispatch(x_GSM, plan.lists))
     extras = plan.place_EGC, plan.slot_AGZK, key_EGC2
     sums_AGZM = carry(_Levels(within, node), lists_AGZM, gate_EGC, extras, weights, layout)
@@ -139,7 +140,7 @@ def of_nodes(slots: Slots, num_nodes: int) -> Plan:
     slot_GAZK -= (jnp.arange(num_nodes) * of_node * capacity)[None, :, None, None]
     mine_GAZK = (slot_GAZK >= 0) & (slot_GAZK < of_node * capacity)
     mine_GAZK &= (token_GAZ >= 0)[..., None]
-    slot_GAZK = _packed(jnp.where(mine_GAZK, slot_GAZK, -1), min(of_node, num_choices))
+    slot_GAZK = _packed(jnp.where(mine_GAZK, slot_GAZK, -1), num_choices)
     return Plan(lists, place_GEC.swapaxes(0, 1), slot_GAZK.swapaxes(0, 1))
 
 

@@ -94,8 +94,8 @@ def moe(
     rows do not divide by the layout's axes, there are masked ones beside them (not in an Explicit
     mesh, nor with a `routing`).
 
-    How tokens are moved, the layout's `compute.dispatch` says; without a layout, slots by `gather`,
-    or rows where there is no mesh and nothing is dropped.
+    How tokens are moved, the layout's `exchange` and `compute.dispatch` say; without a layout,
+    slots by `gather`, or rows where there is no mesh and nothing is dropped.
 
     Works in an Auto mesh, in an Explicit one (the body runs under `auto_axes`, and the result has
     the layout of `tokens`), inside `shard_map` and without a mesh.
@@ -266,6 +266,8 @@ def _moe(
         travels = layout is not None and layout.config.exchange.tokens == "ragged"
         member = exchange.ragged if travels else exchange.rows
         more: Any = {"layout": layout, "use": use, "slots_of_group": limit}
+        if travels:
+            more["distinct"] = forced is None  # a router's are
         y_GSM = member(groups.x_GSM, served, weights.experts, **more, **common)
     else:
         with jax.named_scope("dispatch"):

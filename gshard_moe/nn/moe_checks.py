@@ -5,6 +5,7 @@ B sequences, L tokens of each, M model width; G groups of S tokens, E experts, K
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from gshard_moe import config as configs
@@ -88,15 +89,17 @@ def _misfits_of_routing(
     got = forced.stats.chosen_GE.shape[-1]
     if got != config.num_experts:
         faults.append(f"routing.stats: must be of E={config.num_experts} experts; got E={got}")
-    if faults or isinstance(forced.expert_GSK, Tracer):
+    if faults or isinstance(forced.expert_GSK, Tracer) or isinstance(forced.keep_GSK, Tracer):
         return faults
-    outside = (forced.expert_GSK < 0) | (forced.expert_GSK >= config.num_experts)
-    outside &= forced.keep_GSK
+    # By numpy: a function that is traced may close over values that are known.
+    expert_GSK, keep_GSK = np.asarray(forced.expert_GSK), np.asarray(forced.keep_GSK)
+    outside = (expert_GSK < 0) | (expert_GSK >= config.num_experts)
+    outside &= keep_GSK
     if outside.any():
-        g, s, k = (int(i) for i in jnp.argwhere(outside)[0])
+        g, s, k = (int(i) for i in np.argwhere(outside)[0])
         faults.append(
             f"routing.expert_GSK: must be from 0 to E - 1 where keep_GSK is True; got "
-            f"{int(forced.expert_GSK[g, s, k])} at {[g, s, k]} and {int(outside.sum()) - 1} more, "
+            f"{int(expert_GSK[g, s, k])} at {[g, s, k]} and {int(outside.sum()) - 1} more, "
             f"E={config.num_experts}"
         )
     return faults

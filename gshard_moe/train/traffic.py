@@ -70,7 +70,7 @@ class Fetch(NamedTuple):
 
     Attributes:
       layers: their numbers.
-      choice: what each fetch sends, in one pass over a micro-batch, and which it is.
+      choice: what each fetch sends, in a step of one micro-batch, and which it is.
     """
 
     layers: tuple[int, ...]
@@ -80,10 +80,10 @@ class Fetch(NamedTuple):
 def fetches(model: configs.ModelConfig, layout: Layout) -> list[Fetch]:
     """Returns the fetch of each MoE layer, those in a row that are alike as one.
 
-    Empty where the card's exchange is not `all_to_all`.
+    Empty where the card's exchange is not `all_to_all`, or is on two levels, which leave no choice.
     """
-    moe, found = model.moe, []
-    if moe is None or layout.config.exchange.tokens != "all_to_all":
+    moe, found, exchange = model.moe, [], layout.config.exchange
+    if moe is None or exchange.tokens != "all_to_all" or exchange.levels:
         return found
     sizes = letter_sizes(model)
     exchanged = transfers.Sizes(
