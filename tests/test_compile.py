@@ -73,7 +73,7 @@ def test_json_for_programs(card: str, step: dict):
     found = step
     assert found.keys() == KEYS
     assert found["devices"] == 8 and found["compile_s"] > 0
-    assert found["options"] == {"xla_tpu_enable_async_all_to_all": True}
+    assert found["options"] == aot.compiler_options("tpu", "v5p")
     assert found["refused_options"] == {}
     for one in found["collectives"]:
         assert set(one) == {"kind", "count", "bytes", "link", "role"}

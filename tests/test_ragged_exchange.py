@@ -310,7 +310,9 @@ def said(config: MoEConfig, layout: Layout, **changes) -> dict[str, int]:
     """Counts what `explain` says of the layer of `test_tpu_layer.compiled`."""
     G, S, M, E, K = 16, config.group_size, config.model_dim, config.num_experts, config.top_k
     shapes = {"groups": (G, S, M), "choices": (G, S, K), "slots": (E, G, S, M)}
-    changes = {"num_inputs": 2, "dropout": False, "recomputed": False} | changes
+    dropout = 0.1 if changes.pop("dropout", False) else 0.0
+    of = cases.moe_config(expert_dropout=dropout)
+    changes = {"config": of, "weights": (), "recomputed": False} | changes
     counts: dict[str, int] = {}
     for one in exchange.collectives(layout, shapes | {"rows": (G * S * K, M)}, 2, **changes):
         counts[one.kind] = counts.get(one.kind, 0) + one.count
@@ -357,14 +359,15 @@ def test_collectives_by_hand():
     # device, 7/8 of them for others. Counts: 8 experts and 8 offsets of 4 bytes, then 8 offsets.
     layout = ragged("expert").on(8)
     shapes = {"groups": (8, 8, 16), "choices": (8, 8, 2), "slots": (8, 8, 8, 16), "rows": (128, 16)}
-    args = {"num_inputs": 1, "dropout": False}
+    args = {"config": cases.moe_config(), "weights": ()}
     found = exchange.collectives(layout, shapes, 4, recomputed=False, **args)
     assert sum(c.bytes for c in found if c.kind == "all-to-all") == 56 + 28
     ways = [c for c in found if c.kind == "ragged-all-to-all"]
     assert [(c.count, c.bytes, c.link) for c in ways] == [(2, 2 * 896, "expert")] * 2
     # Three ways and counts again where it is recomputed; keys of 8 bytes a row forward alone.
-    args["dropout"] = True
+    dry, args["config"] = args["config"], cases.moe_config(expert_dropout=0.1)
     found = exchange.collectives(layout, shapes, 4, recomputed=True, **args)
+    args["config"] = dry
     assert sum(c.count for c in found if c.kind == "all-to-all") == 4
     ways = [c for c in found if c.kind == "ragged-all-to-all"]
     assert sum(c.count for c in ways) == 4 + 1 + 3
@@ -372,7 +375,7 @@ def test_collectives_by_hand():
     # expert=2 x model=4: 4 groups of 8 tokens, 64 rows of a quarter of 64 bytes, half for others;
     # 128 rows are the most that arrive, and 3/4 of them are gathered or scattered each time.
     layout = ragged("expert_model", "expert=2,model=4").on(8)
-    found = exchange.collectives(layout, shapes, 4, recomputed=False, num_inputs=1, dropout=False)
+    found = exchange.collectives(layout, shapes, 4, recomputed=False, **args)
     assert {c.bytes // c.count for c in found if c.kind == "ragged-all-to-all"} == {512}
     partial = [c for c in found if c.role == "rows" and c.link == "model"]
     assert [(c.kind, c.bytes) for c in partial] == 2 * [
@@ -381,7 +384,7 @@ def test_collectives_by_hand():
     ]
     # With a capacity of 2 a group's 16 slots are all that is served: 32 of a device, not 64.
     shapes["slots"] = (8, 8, 1, 16)
-    found = exchange.collectives(layout, shapes, 4, recomputed=False, num_inputs=1, dropout=False)
+    found = exchange.collectives(layout, shapes, 4, recomputed=False, **args)
     assert {c.bytes // c.count for c in found if c.kind == "ragged-all-to-all"} == {256}
 
 

@@ -88,7 +88,10 @@ def test_all_collectives_of_a_layer_are_priced():
         if i.opcode.removesuffix("-start") in ("all-to-all", "all-reduce", "all-gather")
     )
     found = report(read(layer(), machine()))
-    assert sum(one.count for one in found.collectives if one.kind != "reduce-scatter") == written
+    # On sparse cores an all-reduce is a custom call, of which the report says what it is.
+    kinds = "all-to-all", "all-reduce", "all-gather"
+    offloaded = sum(".call" in one.name for one in found.collectives)
+    assert sum(one.count for one in found.collectives if one.kind in kinds) == written + offloaded
 
 
 def test_a_text_of_other_devices_is_refused():

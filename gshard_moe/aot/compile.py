@@ -12,8 +12,9 @@ from gshard_moe.aot.jit import refused as refused_option
 from gshard_moe.aot.options import Value, compiler_options
 from gshard_moe.timeline import hlo
 
-# A compilation without a GPU cannot try kernels out, and Triton's have no default for some shapes.
-_WITHOUT_GPU: dict[str, Value] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+# A compilation without a GPU cannot try kernels out; Triton's have no default for some shapes.
+_WITHOUT_GPU: dict[str, Value] = {"xla_gpu_autotune_level": 0}
+_WITHOUT_TRITON: dict[str, Value] = {"xla_gpu_enable_triton_gemm": False}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TOO_LARGE = re.compile(
     r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
@@ -137,6 +138,10 @@ def _tried(
             message = str(error)
         if _TOO_LARGE.search(message):
             return _Tried(None, message, options, refused, notes)
+        if "Failed to get configs" in message and not _WITHOUT_TRITON.items() <= fixed.items():
+            again = dump / "without_triton"
+            again.mkdir()
+            return _tried(lowered, options, fixed | _WITHOUT_TRITON, again)
         name = refused_option(options, message)
         if name is None:
             raise CompileError(f"the compiler refuses the program: {message[:2000]}")
