@@ -31,7 +31,7 @@ from gshard_moe import config as configs
 from gshard_moe import experts
 from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Slots, einsum, gather
-from gshard_moe.exchange import choose
+from gshard_moe.exchange import choose, on_devices
 from gshard_moe.exchange import chunks as chunking
 from gshard_moe.exchange.part import Part, Weights, vary
 from gshard_moe.exchange.transfers import Sizes
@@ -64,16 +64,10 @@ def exchange(
     Raises:
       ValueError: if there are more chunks than experts on a device and than slots.
     """
-    served_GSK = (slots.slot_GSK >= 0).astype(x_GSM.dtype)
-    gate_EGC = gather.gates(slots).astype(jnp.float32)
-    key_EGC2 = None
-    if dropout_key_G is not None:
-        key_EGC = experts.slot_keys(
-            dropout_key_G, slots.token_GEC, np.arange(config.num_experts), config.num_experts
-        )
-        key_EGC2 = jax.random.key_data(key_EGC)
+    gate_EGC, key_EGC2 = with_slots(slots, dropout_key_G)
     if layout.config.compute.dispatch == "einsum":
         einsum.warn_of_masks(x_GSM.shape[:2], slots.token_GEC.shape, config.hidden_dim)
+        served_GSK = (slots.slot_GSK >= 0).astype(x_GSM.dtype)
         mask_GSEC = layout.constrain("mask", einsum.mask(slots, served_GSK))
         xs_EGCM = einsum.dispatch(x_GSM, mask_GSEC)
         add: Callable = functools.partial(einsum.combine, mask_GSEC=mask_GSEC)
@@ -81,11 +75,12 @@ def exchange(
         xs_EGCM = gather.dispatch(x_GSM, slots)
         add = functools.partial(gather.add, slots=slots)
     xs_EGCM = layout.constrain("slots_source", xs_EGCM)
-    for name, weight in held_of(weights).items():
-        layout.shape_per_device(ROLES[name], weight.shape)  # or says what does not divide
+    stored = tuple((ROLES[name], weight.shape) for name, weight in weights.held().items())
+    for role, shape in stored:
+        layout.shape_per_device(role, shape)  # or says what does not divide
     sizes = Sizes(
         xs_EGCM.shape,
-        tuple((ROLES[name], w.shape) for name, w in held_of(weights).items()),
+        stored,
         xs_EGCM.dtype.itemsize,
         dropout=key_EGC2 is not None,
         recomputed=layout.config.compute.computes_again,
@@ -97,14 +92,20 @@ def exchange(
         return add(layout.constrain("slots_source", ys_EGCM))
 
 
+def with_slots(slots: Slots, dropout_key_G: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Returns what goes with slots: gates [E, G, C], and the data of dropout's keys, if any."""
+    gate_EGC = gather.gates(slots).astype(jnp.float32)
+    if dropout_key_G is None:
+        return gate_EGC, None
+    num_experts = slots.token_GEC.shape[1]
+    numbers = np.arange(num_experts)
+    key_EGC = experts.slot_keys(dropout_key_G, slots.token_GEC, numbers, num_experts)
+    return gate_EGC, jax.random.key_data(key_EGC)
+
+
 def key_impl(key: jax.Array | None) -> Any:
     """Returns how a key makes numbers; None without one."""
     return None if key is None else jax.random.key_impl(key)
-
-
-def held_of(weights: ExpertWeights) -> Weights:
-    """Returns the weights that there are, by name."""
-    return {name: weight for name, weight in weights._asdict().items() if weight is not None}
 
 
 @runtime_checkable
@@ -157,21 +158,14 @@ def carry(
       weights: of all experts, as stored.
       layout: on a mesh.
     """
-    mesh = layouts.mesh_here(layout)
-    free, part = layouts.free_axes(mesh), layer.part
-    held = held_of(weights)
+    part, held = layer.part, weights.held()
     slots_spec = P(None, part.groups or None, None, part.width or None)
     extra_spec = P(None, part.groups or None)
-    held_spec = {n: layouts.free_spec(mesh, layout.spec(ROLES[n])) for n in held}
+    held_spec = {name: layout.spec(ROLES[name]) for name in held}
     inputs = slots_spec, extra_spec, extra_spec, held_spec
     kept_spec = slots_spec if layer.again else layer.kept_spec
 
-    def local(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        if not free:
-            return f
-        return jax.shard_map(
-            f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(free)
-        )
+    local = functools.partial(on_devices.on_each_device, layout)
 
     @jax.custom_vjp
     def run(xs: jax.Array, gates: jax.Array, keys: Any, held: Weights) -> jax.Array:
@@ -374,8 +368,8 @@ class Layer:
         return vary(self.part.swap(self._by_block(extra)), self.part.axes)
 
     def _cut(self, xs: jax.Array, chunks: int) -> chunking.Cut:
-        size: Any = {"num_experts": xs.shape[2], "capacity": xs.shape[4], "parts": 1}
-        size["by"] = self.part.config.chunk_by
+        by = self.part.config.chunk_by
+        size: Any = {"num_experts": xs.shape[2], "capacity": xs.shape[4], "parts": 1, "by": by}
         if self.fewer:
             chunks = min(chunks, chunking.most(**size))
         return chunking.cut(chunks, **size)

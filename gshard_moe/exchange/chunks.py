@@ -130,8 +130,7 @@ def over_chunks(
         return checkpoint_name(weight.astype(jnp.float32), _GATHERED)
 
     def run_all(xs_EGCM: jax.Array, weights: ExpertWeights) -> list[jax.Array]:
-        held = {name: weight for name, weight in weights._asdict().items() if weight is not None}
-        used = {name: gather(weight, ROLES[name]) for name, weight in held.items()}
+        used = {name: gather(weight, ROLES[name]) for name, weight in weights.held().items()}
         pieces = split(xs_EGCM, weights._replace(**used), token_GEC, where)
         return [run(chunk) for chunk in pieces]
 

@@ -68,21 +68,12 @@ def collectives(
 
 
 def of_weight(
-    layout: Layout,
-    role: str,
-    shape: Sequence[int],
-    itemsize: int,
-    *,
-    whole: Sequence[Collective],
-    sizes: Mapping[str, int],
+    layout: Layout, whole: Sequence[Collective], sizes: Mapping[str, int]
 ) -> list[Collective]:
     """Returns what an expert weight's gathers and its gradient's sums become in an exchange.
 
     Args:
       layout: on a mesh.
-      role: of the weight.
-      shape: of it; of more layers where there is one more dim.
-      itemsize: bytes of one element.
       whole: what its gathers and its gradient's sums are where nothing is in chunks.
       sizes: of the dims E and C.
     """

@@ -1,8 +1,5 @@
 """What an exchange on two levels sends, by link, where tokens go once to a node.
 
-Of XLA's passes one counts here: what a backward would send again of what a forward in the same
-program has sent (the gates, between the devices of a node) is sent once.
-
 A nodes, Z places of a list; see `two_level`. The role of lists is `groups`, that of what goes with
 slots `choices`.
 """
@@ -11,12 +8,13 @@ import math
 from collections.abc import Sequence
 
 from gshard_moe import config as configs
+from gshard_moe.exchange.spmd import of_combine
+from gshard_moe.exchange.transfers import FLOAT32, KEY
 from gshard_moe.exchange.two_level import list_length
 from gshard_moe.layout import Layout, traffic
 from gshard_moe.layout.traffic import Collective
 
-_INT = _FLOAT32 = 4
-_KEY = 8
+_INT = 4
 
 
 def of_tokens(
@@ -46,12 +44,12 @@ def of_tokens(
     held, entries = _lists(layout, shape_GSM, shape_EGCM, itemsize, config)
     lists = traffic.one(layout, "all-to-all", [node], held, "groups")
     moved = traffic.one(layout, "all-to-all", [local], slots, "slots_wire")
-    gates = _each(layout, (node, local), _FLOAT32 * per_slot)
-    key = _KEY * per_slot if config.expert_dropout else 0
+    gates = _each(layout, (node, local), FLOAT32 * per_slot)
+    key = KEY * per_slot if config.expert_dropout else 0
     tables = _each(layout, (node,), _INT * per_slot, _INT * entries // parts, key)
     tables += _each(layout, (local,), key)
-    whole, sums, of_gates = _over_width(layout, slots, _FLOAT32 * per_slot)
-    tokens = _of_tokens_whole(layout, shape_GSM, itemsize)
+    whole, sums, of_gates = _over_width(layout, slots, FLOAT32 * per_slot)
+    tokens = of_combine(layout, shape_GSM, itemsize)
     chunks = exchange.chunks if moved or layout.axes_of("slots_hidden", "H") else 1
 
     def there(chunks: int) -> list[Collective]:
@@ -111,10 +109,3 @@ def _over_width(
     held = slots * math.prod(layout.axis_sizes[axis] for axis in width)
     whole = traffic.one(layout, "all-gather", width, held, "slots")
     return whole, traffic.one(layout, "reduce-scatter", width, held, "slots_wire"), of_gates
-
-
-def _of_tokens_whole(layout: Layout, shape_GSM: Sequence[int], itemsize: int) -> list[Collective]:
-    """Returns the gather of what tokens get, where it is split on the wire and they are not."""
-    split = set(layout.axes_of("slots_source", "M")) - set(layout.axes_of("groups", "M"))
-    held = traffic.held_bytes(layout, "groups", shape_GSM, itemsize)
-    return traffic.one(layout, "all-gather", split, held, "groups")

@@ -41,11 +41,7 @@ class Experts:
     def of(cls, layout: Layout) -> "Experts":
         """Reads them from a layout; axes that a caller's `shard_map` has taken are done."""
         free = functools.partial(on_devices.free_of, layout)
-        gather = {}
-        for role in ROLES.values():
-            pairs = zip(layout.dims(role), layout.dims(role, "used"), strict=True)
-            gone = [free([a for a in stored.axes if a not in used.axes]) for stored, used in pairs]
-            gather[role] = tuple((dim, tuple(axes)) for dim, axes in enumerate(gone) if axes)
+        gather = {role: layout.gathered(role, free(layout.axes)) for role in ROLES.values()}
         asked = layout.config.compute.grouped_matmul
         return cls(
             tuple(free(layout.axes_of("rows_hidden", "H"))),
@@ -147,12 +143,10 @@ def _form(
     def drop(h_Ah: jax.Array) -> jax.Array:
         """Drops hidden units; of a split hidden dim each device draws all, and takes its own."""
         assert key_A is not None
-        if not how.hidden:
-            return experts.dropped(h_Ah, key_A, config.expert_dropout)
-        whole_AH = jnp.ones((h_Ah.shape[0], config.hidden_dim), h_Ah.dtype)
-        kept_AH = experts.dropped(whole_AH, key_A, config.expert_dropout) != 0
-        kept_Ah = _own_part(kept_AH, how.hidden)
-        return jnp.where(kept_Ah, h_Ah / (1 - config.expert_dropout), jnp.zeros((), h_Ah.dtype))
+        parts, at = 1, 0
+        if how.hidden:
+            parts, at = jax.lax.axis_size(how.hidden), jax.lax.axis_index(how.hidden)
+        return experts.dropped(h_Ah, key_A, config.expert_dropout, parts=parts, at=at)
 
     return experts.Form(multiply, bias, lambda h_Ah: h_Ah, None if key_A is None else drop)
 
@@ -191,9 +185,8 @@ def _gathered(weight: jax.Array, role: str, x: jax.Array, how: Experts) -> jax.A
 
 def _summed(y_AM: jax.Array, how: Experts) -> jax.Array:
     """Adds up the parts of a product over a hidden dim that is split."""
-    whole = tuple(axis for axis in how.hidden if axis not in how.width)
-    if whole:
-        y_AM = jax.lax.psum(y_AM, whole)
+    whole = [axis for axis in how.hidden if axis not in how.width]
+    y_AM = on_devices.summed(y_AM, whole)
     if not how.width:
         return y_AM
     return jax.lax.psum_scatter(y_AM, how.width, scatter_dimension=1, tiled=True)

@@ -12,7 +12,7 @@ HybridEP, arXiv 2510.19470 (what is between).
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +55,7 @@ class Part:
         def axes(role: str, letter: str) -> tuple[str, ...]:
             return tuple(axis for axis in layout.axes_of(role, letter) if axis in free)
 
-        gather = {}
-        for name, role in ROLES.items():
-            stored, used = layout.dims(role), layout.dims(role, "used")
-            pairs = enumerate(zip(stored, used, strict=True))
-            gone = [
-                (i, [a for a in s.axes if a not in u.axes and a in free]) for i, (s, u) in pairs
-            ]
-            gather[name] = tuple((i, tuple(axes)) for i, axes in gone if axes)
+        gather = {name: layout.gathered(role, free) for name, role in ROLES.items()}
         return cls(
             axes("slots_wire", "E"),
             axes("slots_source", "G"),
@@ -155,43 +148,33 @@ class Part:
 
     def handed_on(self, weights: Weights) -> Weights:
         """Sends what a device has to the one before it in its ring: r gets what r + 1 had."""
-        shape = self.across, self.ring, self.inner
-        numbers = [
-            (a, r, i) for a in range(shape[0]) for r in range(shape[1]) for i in range(shape[2])
-        ]
-        flat = {place: number for number, place in enumerate(numbers)}
-        pairs = [(flat[a, (r + 1) % self.ring, i], flat[a, r, i]) for a, r, i in numbers]
+
+        def source(number: int) -> int:
+            r = number // self.inner % self.ring
+            return number + ((r + 1) % self.ring - r) * self.inner
+
+        pairs = [(source(number), number) for number in range(self.devices)]
         send = functools.partial(jax.lax.ppermute, axis_name=self.experts, perm=pairs)
         with jax.named_scope("exchange"):
             return jax.tree.map(send, weights)
 
     def gathered(self, weights: Weights) -> Weights:
         """Returns the weights of the I devices that gather, one after the other in dim 0."""
-        if self.inner == 1:
-            return weights
-        gather = functools.partial(
-            jax.lax.all_gather,
-            axis_name=self.experts,
-            axis=0,
-            tiled=True,
-            axis_index_groups=self._gathering,
-        )
-        with jax.named_scope("exchange"):
-            return jax.tree.map(gather, weights)
+        return self._inside(functools.partial(jax.lax.all_gather, axis=0), weights)
 
     def scattered(self, gradients: Weights) -> Weights:
         """Sums gradients of what was `gathered`; a device gets those of what it gave."""
+        return self._inside(functools.partial(jax.lax.psum_scatter, scatter_dimension=0), gradients)
+
+    def _inside(self, collective: Callable, weights: Weights) -> Weights:
+        """Runs a collective among the I devices that gather."""
         if self.inner == 1:
-            return gradients
-        scatter = functools.partial(
-            jax.lax.psum_scatter,
-            axis_name=self.experts,
-            scatter_dimension=0,
-            tiled=True,
-            axis_index_groups=self._gathering,
+            return weights
+        run = functools.partial(
+            collective, axis_name=self.experts, tiled=True, axis_index_groups=self._gathering
         )
         with jax.named_scope("exchange"):
-            return jax.tree.map(scatter, gradients)
+            return jax.tree.map(run, weights)
 
     @property
     def _gathering(self) -> list[list[int]] | None:

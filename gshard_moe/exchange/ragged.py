@@ -91,7 +91,7 @@ def exchange(
     _refuse_taken(layout, axes)
     emulated = layouts.platform_of(layout) == "cpu"
     here = _Here(axes, Experts.of(layout), emulated, slots_of_group, distinct)
-    held = {name: w for name, w in weights._asdict().items() if w is not None}
+    held = weights.held()
     for name, weight in held.items():
         layout.shape_per_device(ROLES[name], weight.shape)  # or says what does not divide
     groups = layout.axes_of("groups", "G")

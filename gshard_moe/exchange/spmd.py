@@ -72,8 +72,12 @@ def exchange(
         xs_EGCM = gather.dispatch(x_GSM, slots)
         combine = functools.partial(gather.combine, slots=slots)
     num_experts, _, capacity, _ = xs_EGCM.shape
-    size: Any = {"num_experts": num_experts, "capacity": capacity, "parts": expert_parts}
-    size["by"] = chunk_by
+    size: Any = {
+        "num_experts": num_experts,
+        "capacity": capacity,
+        "parts": expert_parts,
+        "by": chunk_by,
+    }
     if fewer:
         chunks = min(chunks, chunking.most(**size))
     where = chunking.cut(chunks, **size)

@@ -19,8 +19,9 @@ from gshard_moe.exchange.part import Part
 from gshard_moe.layout import Layout, Stage
 from gshard_moe.layout.traffic import Collective, Kind, among, cut, times
 
-_FLOAT32 = 4
-_KEY = 8
+# Bytes of a number, and of a key of dropout.
+FLOAT32 = 4
+KEY = 8
 
 
 class Sizes(NamedTuple):
@@ -61,8 +62,8 @@ def of_tokens(part: Part, sizes: Sizes) -> list[Collective]:
     # Gates go forward, and again where products are computed again, and their gradient in float32
     # back. They are float32, but the compiler rounds before it sends what is only read rounded.
     gates = times(_swapped(part, slots * sizes.itemsize, "choices"), 1 + sizes.recomputed)
-    gates += _swapped(part, slots * _FLOAT32, "choices")
-    keys = _swapped(part, slots * _KEY, "choices") if sizes.dropout else []
+    gates += _swapped(part, slots * FLOAT32, "choices")
+    keys = _swapped(part, slots * KEY, "choices") if sizes.dropout else []
     keys = times(keys, 1 + sizes.recomputed)
     return there + again + gates + keys
 
@@ -86,7 +87,7 @@ def of_weights(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
     )
     for role, shape in sizes.weights:
         own = math.prod(shape) // _split(layout, part, role, "used")
-        held, exact = own * sizes.itemsize, own * _FLOAT32
+        held, exact = own * sizes.itemsize, own * FLOAT32
         passes = _passes(role, sizes.recomputed)
         steps, hops = passes * part.ring, passes * (part.ring - 1)
         found += times(_of(part.inner, "all-gather", inside, held, role), steps)
@@ -120,7 +121,7 @@ def _of_slices(part: Part, sizes: Sizes) -> list[Collective]:
     there = cut(sums + whole, part.ring * part.pieces)
     again = sums + times(whole, 1 + sizes.recomputed)
     # A gate weighs the whole hidden layer.
-    gates = _one(part, "all-reduce", part.hidden, slots * _FLOAT32, "choices")
+    gates = _one(part, "all-reduce", part.hidden, slots * FLOAT32, "choices")
     return there + cut(again, part.ring * backward_pieces(part, sizes)) + gates
 
 
@@ -135,10 +136,9 @@ def of_storage(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
         stored = {axis for dim in layout.dims(role) for axis in dim.axes}
         more = [axis for axis in part.axes if axis not in stored]
         found += _one(part, "all-reduce", more, held, role)
-        for before, after in zip(layout.dims(role), layout.dims(role, "used"), strict=True):
-            gone = [axis for axis in before.axes if axis not in after.axes]
+        uses = _passes(role, sizes.recomputed)
+        for _, gone in layout.gathered(role):
             held *= _parts(part, gone)
-            uses = _passes(role, sizes.recomputed)
             found += times(_one(part, "all-gather", gone, held, role), uses)
             found += _one(part, "reduce-scatter", gone, held, role)
     return found

@@ -22,15 +22,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from gshard_moe import config as configs
-from gshard_moe import experts
 from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Slots, gather
-from gshard_moe.exchange.all_to_all import Layer, carry, key_impl
+from gshard_moe.exchange.all_to_all import Layer, carry, key_impl, with_slots
 from gshard_moe.exchange.all_to_all import exchange as one_level
 from gshard_moe.exchange.part import Part, Weights
 from gshard_moe.experts import ExpertWeights
@@ -78,12 +76,7 @@ def exchange(
         )
     node, local = levels
     plan = of_nodes(slots, part.sizes[node])
-    key_EGC2 = None
-    if dropout_key_G is not None:
-        numbers = np.arange(config.num_experts)
-        key_EGC = experts.slot_keys(dropout_key_G, slots.token_GEC, numbers, config.num_experts)
-        key_EGC2 = jax.random.key_data(key_EGC)
-    gate_EGC = gather.gates(slots).astype(jnp.float32)
+    gate_EGC, key_EGC2 = with_slots(slots, dropout_key_G)
     inside = dataclasses.replace(part, experts=(local,))
     again = layout.config.compute.computes_again
     within = Layer(inside, config, fewer, again, key_impl(dropout_key_G))
@@ -196,8 +189,7 @@ class _Levels:
         slots, keys = self._received(extras)
         gates, xs_eXCm = self._sent(gates), self._dispatched(lists_AgZm, slots)
         ys_eXCm, kept = self.within.forward(xs_eXCm, gates, keys, held)
-        received = jax.tree.map(lambda x: x[None], (slots, gates, keys))
-        return self._combined(ys_eXCm, slots), (kept, received)
+        return self._combined(ys_eXCm, slots), (kept, jax.tree.map(lambda x: x[None], slots))
 
     def backward(
         self, kept: Any, gates: jax.Array, extras: tuple, held: Weights, dsums_AgZm: jax.Array
@@ -211,14 +203,14 @@ class _Levels:
           held: the weights.
           dsums_AgZm: the gradients of the sums.
         """
-        # Gates that are kept are not sent again: of this only the way back is run.
+        # Gates and keys that `within` keeps are not sent again: of this only the way back is run.
         gates, gates_back = jax.vjp(self._sent, gates)
         if self.again:
             slots, keys = self._received(extras)
             kept = self._dispatched(kept, slots)
         else:
-            kept, received = kept
-            slots, gates, keys = jax.tree.map(lambda x: x[0], received)
+            kept, slots = kept
+            slots, keys = jax.tree.map(lambda x: x[0], slots), None
         dys_eXCm = self._dispatched(dsums_AgZm, slots)
         dxs_eXCm, dgates, dheld = self.within.backward(kept, gates, keys, held, dys_eXCm)
         return self._combined(dxs_eXCm, slots), gates_back(dgates)[0], dheld

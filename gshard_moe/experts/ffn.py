@@ -39,6 +39,10 @@ class ExpertWeights(NamedTuple):
     gate_bias_EH: Float[Array, "E H"] | None = None
     out_bias_EM: Float[Array, "E M"] | None = None
 
+    def held(self) -> dict[str, jax.Array]:
+        """Returns the weights that there are, by name."""
+        return {name: weight for name, weight in self._asdict().items() if weight is not None}
+
 
 # The layout's role of each.
 ROLES = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from gshard_moe import config
-from gshard_moe.layout import notation
+from gshard_moe.layout.notation import ROLES, shown
 
 # The axes of more than one device that a dim of a role is split over, `stored` or `used`.
 AxesOf = Callable[[str, str, Literal["stored", "used"]], tuple[str, ...]]
@@ -44,7 +44,7 @@ def faults(
         "slots_wire",
         not ring or experts == in_order,
         "E must name its axes in the mesh's order, for a ring; got "
-        f"{_shown('E', experts)}, mesh {list(sizes)}; write {_shown('E', in_order)}, or use "
+        f"{shown('E', experts)}, mesh {list(sizes)}; write {shown('E', in_order)}, or use "
         'weights = "gather"',
     )
     devices = math.prod(sizes[axis] for axis in experts)
@@ -88,7 +88,7 @@ class _Faults:
         self.require(
             role,
             not split,
-            f"{letter} must be whole{why}; got {_shown(letter, split)}; write {letter}",
+            f"{letter} must be whole{why}; got {shown(letter, split)}; write {letter}",
         )
 
     def alike(self, role: str, other: str, letter: str, where: str = "") -> None:
@@ -96,8 +96,8 @@ class _Faults:
         self.require(
             role,
             ours == theirs,
-            f"{letter} must be split as {other}'s{where}; got {_shown(letter, ours)}, {other} "
-            f"{_shown(letter, theirs)}; write the same axes",
+            f"{letter} must be split as {other}'s{where}; got {shown(letter, ours)}, {other} "
+            f"{shown(letter, theirs)}; write the same axes",
         )
 
 
@@ -114,14 +114,14 @@ def _of_slots(found: _Faults, experts: tuple[str, ...], hidden: tuple[str, ...])
         "slots_source",
         not missing,
         "G must be split over every axis of slots_wire's E, so that no token is sent twice; got "
-        f"{_shown('G', source)}, {_shown('E', experts)}; write {_shown('G', [*source, *missing])}",
+        f"{shown('G', source)}, {shown('E', experts)}; write {shown('G', [*source, *missing])}",
     )
     left = [axis for axis in source if axis not in experts]
     found.require(
         "slots_wire",
         set(left) == set(wire),
         "G must be split over slots_source's axes but those of E; got "
-        f"{_shown('G', wire)}, slots_source {_shown('G', source)}; write {_shown('G', left)}",
+        f"{shown('G', wire)}, slots_source {shown('G', source)}; write {shown('G', left)}",
     )
     for role in ("slots", "slots_hidden"):
         found.alike(role, "slots_wire", "E")
@@ -132,13 +132,13 @@ def _of_slots(found: _Faults, experts: tuple[str, ...], hidden: tuple[str, ...])
         "slots_wire",
         not width or set(width) == set(hidden),
         "M must be whole, or split over all axes of slots_hidden's H, whose sums are scattered "
-        f"over it; got {_shown('M', width)}, {_shown('H', hidden)}; write {_shown('M', hidden)}",
+        f"over it; got {shown('M', width)}, {shown('H', hidden)}; write {shown('M', hidden)}",
     )
 
 
 def _of_weight(found: _Faults, role: str) -> None:
     found.alike(role, "slots_wire", "E", " where it is used")
-    letters = notation.ROLES[role].split()
+    letters = ROLES[role].split()
     if "H" in letters:
         found.alike(role, "slots_hidden", "H", " where it is used")
     if "M" in letters:
@@ -150,16 +150,16 @@ def _of_weight(found: _Faults, role: str) -> None:
             role,
             stored[: len(used)] == used,
             f"{letter} must name the axes of layout.gather last, so that what is gathered lies "
-            f"together; got {_shown(letter, stored)}; write "
-            f"{_shown(letter, [*used, *(axis for axis in stored if axis not in used)])}",
+            f"together; got {shown(letter, stored)}; write "
+            f"{shown(letter, [*used, *(axis for axis in stored if axis not in used)])}",
         )
         idle = [axis for axis in stored if axis not in used and axis not in tokens]
         found.require(
             role,
             not idle,
             f"{letter} must be gathered over axes that the tokens are split over, or every device "
-            f"there computes the same; got {_shown(letter, idle)}, slots_source "
-            f"{_shown('G', tokens)}; write {_shown('G', [*tokens, *idle])} in groups and slots",
+            f"there computes the same; got {shown(letter, idle)}, slots_source "
+            f"{shown('G', tokens)}; write {shown('G', [*tokens, *idle])} in groups and slots",
         )
 
 
@@ -174,17 +174,12 @@ def _of_exchange(
         divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         found.append(
             f"exchange.fetch: must divide the devices of the axes that slots_wire's E is split "
-            f"over; got fetch={fetch}, {_shown('E', experts)}={devices}; use one of {divisors}"
+            f"over; got fetch={fetch}, {shown('E', experts)}={devices}; use one of {divisors}"
         )
     if exchange.chunks > 1 and fetch == devices > 1 and not hidden:
         found.append(
             "exchange.chunks: must be 1 where no token travels: pieces would hide nothing; got "
-            f"chunks={exchange.chunks}, fetch={fetch}, {_shown('E', experts)}={devices}; use "
+            f"chunks={exchange.chunks}, fetch={fetch}, {shown('E', experts)}={devices}; use "
             "chunks = 1 or a smaller fetch"
         )
     return found
-
-
-def _shown(letter: str, axes: Sequence[str]) -> str:
-    """Writes a dim as a card does."""
-    return "/".join([letter, *axes])

@@ -179,6 +179,22 @@ class Layout:
             )
         return dims
 
+    def gathered(
+        self, role: str, axes: Iterable[str] | None = None
+    ) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """Returns what a parameter loses where it is used: dims, by number, with their axes.
+
+        Args:
+          role: of the parameter.
+          axes: of these alone; default: all.
+        """
+        of = set(self.axes if axes is None else axes)
+        pairs = zip(self.dims(role), self.dims(role, "used"), strict=True)
+        gone = [
+            [a for a in stored.axes if a not in used.axes and a in of] for stored, used in pairs
+        ]
+        return tuple((dim, tuple(axes)) for dim, axes in enumerate(gone) if axes)
+
     def spec(self, role: str, stage: Stage = "stored", *, ndim: int | None = None) -> P:
         """Returns a role's `PartitionSpec`.
 
@@ -489,11 +505,8 @@ def _used_backward(layout: Layout, role: str, _: None, dx: jax.Array) -> tuple[j
     # or the partitioner carries the stored split into the computation of dx. Where a product is
     # summed over others too, that would be one sum over all axes of what is whole, cut only then.
     summed = layout.axes_of(*(("slots", "G") if role.startswith("expert_") else ("tokens", "B")))
-    stored, used = (
-        {axis for dim in layout.dims(role, stage) for axis in dim.axes}
-        for stage in ("stored", "used")
-    )
-    if set(summed) <= stored - used or role in ("embed", "positions"):
+    gathered = {axis for _, axes in layout.gathered(role) for axis in axes}
+    if set(summed) <= gathered or role in ("embed", "positions"):
         dx = layout.constrain(role, dx, "used")
     return (layout.constrain(role, dx, "stored"),)
 

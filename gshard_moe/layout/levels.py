@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from gshard_moe import config
+from gshard_moe.layout.notation import shown
 
 
 def faults(
@@ -21,22 +22,22 @@ def faults(
         return []
     strange = [axis for axis in levels if axis not in sizes]
     if strange:
-        shown = ", ".join(map(repr, strange))
-        return [f"exchange.levels: an axis must be one of the mesh's {list(sizes)}; got {shown}"]
+        names = ", ".join(map(repr, strange))
+        return [f"exchange.levels: an axis must be one of the mesh's {list(sizes)}; got {names}"]
     found = []
     if tuple(experts) != levels:
         found.append(
             "exchange.levels: must be the axes that E is split over, in that order; got "
-            f"{list(levels)}, layout.slots_wire {'/'.join(('E', *experts))}; lay E out as "
-            f"{'/'.join(('E', *levels))}"
+            f"{list(levels)}, layout.slots_wire {shown('E', experts)}; lay E out as "
+            f"{shown('E', levels)}"
         )
     devices = sizes[levels[0]] * sizes[levels[1]]
     if exchange.fetch_of(devices) not in (1, devices):
-        shown = ", ".join(f"{axis}={sizes[axis]}" for axis in levels)
+        named = ", ".join(f"{axis}={sizes[axis]}" for axis in levels)
         found.append(
             "exchange.fetch: with exchange.levels must be 1 (tokens travel, once to a node) or all "
             "devices of both levels (experts travel, once to a node); what is between would send "
-            f"to a node more than once; got fetch={exchange.fetch}, {shown}; use fetch = 1, "
+            f"to a node more than once; got fetch={exchange.fetch}, {named}; use fetch = 1, "
             f"fetch = {devices}, or levels = []"
         )
     if exchange.fetch == 1 and sharding.compute.dispatch == "einsum":

@@ -8,7 +8,7 @@ Source: GShard's `split` and `shard` annotations, arXiv 2006.16668, section 3.2.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gshard_moe import config
@@ -87,6 +87,11 @@ class Dim(NamedTuple):
 
     letter: str
     axes: tuple[str, ...]
+
+
+def shown(letter: str, axes: Sequence[str]) -> str:
+    """Writes a dim as a card does: `E/node/local`."""
+    return "/".join([letter, *axes])
 
 
 class Layouts(NamedTuple):

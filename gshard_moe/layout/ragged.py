@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from gshard_moe.layout.notation import shown
+
 # The axes of more than one device that a dim of a role is split over, where it is used.
 AxesOf = Callable[[str, str], tuple[str, ...]]
 
@@ -18,14 +20,12 @@ def faults(axes_of: AxesOf) -> list[str]:
         found.require(
             role,
             not split,
-            f"E must be whole where it is used; got {_shown('E', split)}; add "
+            f"E must be whole where it is used; got {shown('E', split)}; add "
             f"{', '.join(map(repr, split))} to layout.gather, send rows with exchange.tokens = "
             '"ragged", or use the dispatch "gather"',
         )
         split = axes_of(role, "M")
-        found.require(
-            role, not split, f"M must be whole where it is used; got {_shown('M', split)}"
-        )
+        found.require(role, not split, f"M must be whole where it is used; got {shown('M', split)}")
     _hidden_and_rows(found, axes_of, ("expert_in", "expert_out"))
     return found.messages
 
@@ -43,22 +43,22 @@ def exchange_faults(axes_of: AxesOf) -> list[str]:
         found.require(
             role,
             split == experts,
-            f"E must be split as expert_in's where it is used; got {_shown('E', split)}, "
-            f"expert_in {_shown('E', experts)}; write the same axes",
+            f"E must be split as expert_in's where it is used; got {shown('E', split)}, "
+            f"expert_in {shown('E', experts)}; write the same axes",
         )
     more = [axis for axis in experts if axis not in groups]
     found.require(
         "groups",
         not more,
         f"G must be split over every axis of expert_in's E, so that no token is there twice; got "
-        f"{_shown('G', groups)}, {_shown('E', experts)}; write {_shown('G', [*groups, *more])}",
+        f"{shown('G', groups)}, {shown('E', experts)}; write {shown('G', [*groups, *more])}",
     )
     for role in ("expert_in", "expert_out", "expert_out_bias"):
         split = axes_of(role, "M")
         found.require(
             role,
             not split,
-            f"M must be whole where it is used; got {_shown('M', split)}; add "
+            f"M must be whole where it is used; got {shown('M', split)}; add "
             f"{', '.join(map(repr, split))} to layout.gather",
         )
     _hidden_and_rows(found, axes_of, ("expert_in", "expert_out", "expert_in_bias"))
@@ -67,7 +67,7 @@ def exchange_faults(axes_of: AxesOf) -> list[str]:
         "slots_wire",
         set(wire) <= set(hidden),
         "M may be split only over axes of rows_hidden's H, whose sums are scattered over it; got "
-        f"{_shown('M', wire)}, {_shown('H', hidden)}; write M whole",
+        f"{shown('M', wire)}, {shown('H', hidden)}; write M whole",
     )
     return found.messages
 
@@ -101,9 +101,4 @@ def _hidden_and_rows(found: _Faults, axes_of: AxesOf, with_hidden: Sequence[str]
     found.require("rows_hidden", axes_of("rows_hidden", "R") == split, message)
     for role, letter in (("groups", "S"), ("rows", "M")):
         split = axes_of(role, letter)
-        found.require(role, not split, f"{letter} must be whole; got {_shown(letter, split)}")
-
-
-def _shown(letter: str, axes: Sequence[str]) -> str:
-    """Writes a dim as a card does."""
-    return "/".join([letter, *axes])
+        found.require(role, not split, f"{letter} must be whole; got {shown(letter, split)}")

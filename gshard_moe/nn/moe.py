@@ -129,8 +129,7 @@ def moe(
     moe_checks.check_shapes(weights, x_BLM, config, routing, mask_BL, token_ids_BL)
     moe_checks.check_key(config, key, train=train)
     if layout is not None:
-        held = [name for name, w in weights.experts._asdict().items() if w is not None]
-        layout.check_exchange(experts.ROLES[name] for name in held)
+        layout.check_exchange(experts.ROLES[name] for name in weights.experts.held())
     run = functools.partial(_moe, config=config, layout=layout, train=train)
     mesh = _mesh_of(x_BLM, layout)
     if mesh.empty or layouts.axis_type(mesh) is not AxisType.Explicit:

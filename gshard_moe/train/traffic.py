@@ -38,9 +38,7 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
     for _, role, shape in inventory.parameters(model):
         of_weight = _parameter(layout, role, shape, 4 if role in _FLOAT32 else itemsize)
         if role.startswith("expert_"):
-            of_weight = exchange.of_weight(
-                layout, role, shape, itemsize, whole=of_weight, sizes=sizes
-            )
+            of_weight = exchange.of_weight(layout, of_weight, sizes)
         passes += of_weight
         masters += _from_masters(layout, role, shape)
     if model.tied_embeddings:
@@ -78,30 +76,22 @@ class Fetch(NamedTuple):
 
 
 def fetches(model: configs.ModelConfig, layout: Layout) -> list[Fetch]:
-    """Returns the fetch of each MoE layer, those in a row that are alike as one.
+    """Returns the fetch of the MoE layers: they are alike, so it is one for all of them.
 
     Empty where the card's exchange is not `all_to_all`, or is on two levels, which leave no choice.
     """
-    moe, found, exchange = model.moe, [], layout.config.exchange
+    moe, exchange = model.moe, layout.config.exchange
     if moe is None or exchange.tokens != "all_to_all" or exchange.levels:
-        return found
-    sizes = letter_sizes(model)
+        return []
     exchanged = transfers.Sizes(
-        _shape("slots", sizes),
+        _shape("slots", letter_sizes(model)),
         expert_weights(moe),
         _itemsize(model),
         dropout=moe.expert_dropout > 0,
         recomputed=layout.config.compute.computes_again,
     )
-    for i in range(model.num_layers):
-        if not model.is_moe_block(i):
-            continue
-        choice = choose.choose(layout, exchanged)
-        if found and found[-1].choice == choice:
-            found[-1] = Fetch((*found[-1].layers, i), choice)
-        else:
-            found.append(Fetch((i,), choice))
-    return found
+    layers = tuple(i for i in range(model.num_layers) if model.is_moe_block(i))
+    return [Fetch(layers, choose.choose(layout, exchanged))] if layers else []
 
 
 def expert_weights(moe: configs.MoEConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
