@@ -7,13 +7,14 @@ import cases
 import hypothesis
 import integer_case
 import pytest
+import test_two_level
 from hypothesis import strategies as st
 
 from gshard_moe import exchange, load_model
 from gshard_moe.cards import load_chip
 from gshard_moe.exchange import choose
 from gshard_moe.exchange.part import Part
-from gshard_moe.exchange.transfers import Sizes
+from gshard_moe.exchange.sizes import Sizes
 from gshard_moe.layout import Layout
 from gshard_moe.train import traffic
 
@@ -46,30 +47,36 @@ def layers(draw) -> tuple[str, dict[str, int], dict, Sizes]:
     mesh = {outer: other, "expert": experts}
     if card == "expert_model":
         mesh = {"expert": experts, outer: other}
-    size = st.integers(1, 64)
-    E, G = experts * draw(st.integers(1, 8)), experts * other * draw(st.integers(1, 4))
-    C, M, H = draw(size), 8 * draw(size), 8 * draw(size)
     remat = draw(st.sampled_from(["none", "full"]))
-    sizes = Sizes(
-        (E, G, C, M),
-        weights_of(E, M, H, gated=draw(st.booleans()), bias=draw(st.booleans())),
-        draw(st.sampled_from([2, 4])),
-        dropout=draw(st.booleans()),
-        recomputed=remat == "full",
-    )
     keys = {
         "remat": remat,
         "weights": draw(st.sampled_from(["ring", "gather"])),
         "prefetch": draw(st.integers(1, 3)),
     }
-    return card, mesh, keys, sizes
+    return card, mesh, keys, draw(sizes_on(experts, other, recomputed=remat == "full"))
 
 
-def counted(layout: Layout, sizes: Sizes) -> int:
+@st.composite
+def sizes_on(draw, experts: int, other: int, *, recomputed: bool) -> Sizes:
+    """Sizes that so many devices of the expert axes divide, and so many of other axes."""
+    size = st.integers(1, 64)
+    E, G = experts * draw(st.integers(1, 8)), experts * other * draw(st.integers(1, 4))
+    C, M, H = draw(size), 8 * draw(size), 8 * draw(size)
+    return Sizes(
+        (E, G, C, M),
+        (G, draw(size), draw(st.integers(1, 8))),
+        weights_of(E, M, H, gated=draw(st.booleans()), bias=draw(st.booleans())),
+        draw(st.sampled_from([2, 4])),
+        dropout=draw(st.booleans()),
+        recomputed=recomputed,
+    )
+
+
+def sent(layout: Layout, sizes: Sizes) -> list[traffic.Collective]:
     """What `explain` counts, by the way that it goes."""
-    E, G, C, M = sizes.shape_EGCM
-    shapes = {"groups": (G, 8, M), "slots": sizes.shape_EGCM, "rows": (G * 8, M)}
-    sent = exchange.collectives(
+    (G, S, _), M = sizes.shape_GSK, sizes.shape_EGCM[-1]
+    shapes = {"groups": (G, S, M), "slots": sizes.shape_EGCM, "choices": sizes.shape_GSK}
+    return exchange.collectives(
         layout,
         shapes,
         sizes.itemsize,
@@ -77,7 +84,10 @@ def counted(layout: Layout, sizes: Sizes) -> int:
         config=cases.moe_config(expert_dropout=0.1 * sizes.dropout),
         recomputed=sizes.recomputed,
     )
-    return sum(one.bytes for one in sent)
+
+
+def counted(layout: Layout, sizes: Sizes) -> int:
+    return sum(one.bytes for one in sent(layout, sizes))
 
 
 @hypothesis.given(layers())
@@ -107,7 +117,7 @@ def test_the_rows_by_hand(layer):
     slots = E * G * C // groups
     matrix = E * M * sizes.weights[0][1][2] // D // model
     inputs = len(sizes.weights) - 1
-    for fetch, tokens, weights, _ in choose.choose(layout_of(card, mesh, **keys), sizes).rows:
+    for fetch, tokens, weights, *_ in choose.choose(layout_of(card, mesh, **keys), sizes).rows:
         A = D // fetch
         vectors = slots * M // model * b * (A - 1) // A * (4 + again)
         gates = (1 + again) * (slots * b * (A - 1) // A) + slots * 4 * (A - 1) // A
@@ -122,9 +132,21 @@ def test_the_rows_by_hand(layer):
 
 # Qwen3-30B-A3B's layer on eight devices, and one of experts so large that they never travel.
 SMALL = Sizes(
-    (128, 64, 640, 2048), weights_of(128, 2048, 768, gated=True, bias=False), 2, False, False
+    (128, 64, 640, 2048),
+    (64, 1024, 8),
+    weights_of(128, 2048, 768, gated=True, bias=False),
+    2,
+    dropout=False,
+    recomputed=False,
 )
-LARGE = Sizes((8, 8, 16, 64), weights_of(8, 64, 4096, gated=False, bias=False), 4, False, False)
+LARGE = Sizes(
+    (8, 8, 16, 64),
+    (8, 64, 2),
+    weights_of(8, 64, 4096, gated=False, bias=False),
+    4,
+    dropout=False,
+    recomputed=False,
+)
 
 
 def test_two_ends():
@@ -135,7 +157,7 @@ def test_two_ends():
 
 def test_one_device_and_a_card_that_says():
     single = choose.choose(layout_of("expert", {"expert": 1}, fetch="auto"), LARGE)
-    assert single == choose.Choice(1, 0.0, (choose.Row(1, 0, 0, 0.0),))
+    assert single == choose.Choice(1, 0.0, (choose.Row(1, 0, 0, 0, 0.0),))
     asked = choose.choose(layout_of("expert", {"expert": 8}, fetch=4), LARGE)
     assert asked.fetch == 4 and len(asked.rows) == 4
 
@@ -158,38 +180,66 @@ def test_weights_behind_what_is_computed_before_cost_nothing():
         choose.choose(layout, LARGE, pre_expert_flops=1e9)
 
 
-def test_a_byte_over_the_slower_links_weighs_more():
-    """Two nodes of four: with fetch 4 tokens cross nodes, and weights stay inside."""
-    sharding = Layout.load("expert").config
-    roles = {k: v.replace("/expert", "/node/local") for k, v in sharding.layout.roles.items()}
-    sharding = dataclasses.replace(
-        sharding,
-        mesh=dataclasses.replace(sharding.mesh, axes=("node", "local"), shape=(2, 4)),
-        layout=dataclasses.replace(sharding.layout, roles=roles),
-        exchange=dataclasses.replace(
-            sharding.exchange, tokens="all_to_all", levels=("node", "local")
-        ),
-    )
-    layout = Layout(sharding).on(8)
-    chip = load_chip("h200")
+@hypothesis.given(st.data())
+def test_between_nodes_a_byte_weighs_more(data):
+    """Of the two that send to a node once, by bytes of each link as `explain` counts them."""
+    card = data.draw(st.sampled_from(["expert", "expert_data", "expert_fsdp", "expert_model"]))
+    nodes, local = (data.draw(st.sampled_from([1, 2, 3, 4])) for _ in range(2))
+    other, outer = (1 if card == "expert" else data.draw(st.sampled_from([1, 2]))), card[7:]
+    axes = {"node": nodes, "local": local}
+    axes = axes | {outer: other} if card == "expert_model" else {outer: other} | axes
+    mesh = ",".join(f"{axis}={size}" for axis, size in axes.items() if axis)
+    devices = math.prod(axes.values())
+    remat, ratio = data.draw(st.sampled_from(["none", "full"])), data.draw(st.floats(1, 100))
+    sizes = data.draw(sizes_on(nodes * local, other, recomputed=remat == "full"))
+
+    def on(**exchange) -> Layout:
+        layout = test_two_level.layout(card, mesh, **exchange)
+        compute = dataclasses.replace(layout.config.compute, remat=remat)
+        return Layout(dataclasses.replace(layout.config, compute=compute)).on(devices)
+
+    def cost(fetch: int) -> float:
+        found = sent(on(fetch=fetch), sizes)
+        return sum(one.bytes * (ratio if "node" in one.link else 1) for one in found)
+
+    auto = on(fetch="auto", link_ratio=ratio)
+    choice = choose.choose(auto, sizes)
+    costs = [cost(1), cost(nodes * local)]
+    assert {row.fetch for row in choice.rows} == {1, nodes * local}
+    rows = choice.rows[0], choice.rows[-1]
+    assert rows[0].cost - rows[1].cost == pytest.approx(costs[0] - costs[1], abs=1e-6 * costs[0])
+    assert choice.fetch == min(rows, key=lambda row: (row.cost, row.fetch)).fetch
+    assert choose.part_of(auto, sizes).fetch == choice.fetch
+    if rows[1].between:
+        assert choice.ratio == rows[0].between / rows[1].between
+
+
+def test_levels_by_seconds_on_a_chip():
+    """A card's `link_ratio` is of an H200's NVLink and InfiniBand, unless it says another."""
+    chip, layout = load_chip("h200"), test_two_level.layout("expert", "node=2,local=4")
+    layout = layout.on(8)
     plain = choose.choose(layout, LARGE).rows
     priced = choose.choose(layout, LARGE, chip=chip).rows
-    # Inside a node weights go by fast links, tokens by slow ones.
-    assert plain[2].cost == choose.SLOWER * plain[2].tokens + plain[2].weights
+    # Once round two nodes go weights, and home their sums; the rest is inside a node.
+    tokens, weights = plain
+    assert (weights.fetch, weights.tokens, tokens.weights) == (8, 0, 0)
+    matrix = 64 * 4096 * 4
+    assert weights.between == 2 * matrix * (2 + 2)
     for row, same in zip(plain, priced, strict=True):
+        assert row.cost == 9 * row.between + row.tokens + row.weights - row.between
         assert row.cost == pytest.approx(same.cost * chip.link.gb_per_s * 1e9)
 
 
+@pytest.mark.parametrize("levels", [(), ("node", "local")])
 @pytest.mark.parametrize(("batch", "hidden_dim", "fetch"), [(64, 8, 8), (16, 8, 1)])
-def test_the_layer_chooses_what_explain_says(batch, hidden_dim, fetch, monkeypatch):
+def test_the_layer_chooses_what_explain_says(batch, hidden_dim, fetch, levels, monkeypatch):
     """By the arrays that it gets, with no model in sight; and computes the same."""
     moe = integer_case.config(hidden_dim=hidden_dim, capacity_factor=2.0)
     model = cases.model_config(moe, bias=True)
     train = dataclasses.replace(model.train, batch_size=batch)
     model = dataclasses.replace(model, train=train)
-    layout = cases.layout("expert")
-    keys = dataclasses.replace(layout.config.exchange, tokens="all_to_all", fetch="auto")
-    layout = Layout(dataclasses.replace(layout.config, exchange=keys))
+    mesh = "node=2,local=4" if levels else "node=1,local=8"
+    layout = test_two_level.layout("expert", mesh, levels=levels, fetch="auto")
     taken, of = [], Part.of
 
     def recorded(layout: Layout, fetch: int, free) -> Part:

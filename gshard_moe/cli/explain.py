@@ -57,7 +57,7 @@ def explain(
     console.print(f"{model} under {sharding}, {devices} devices: {axes}\n")
     _print_tensors(console, tensors)
     _print_collectives(console, collectives)
-    _print_fetches(console, fetches)
+    _print_fetches(console, layout, fetches)
     _print_totals(console, config, tensors)
     return 0
 
@@ -118,23 +118,26 @@ def _print_collectives(console: Console, collectives: list[Collective]) -> None:
     console.print()
 
 
-def _print_fetches(console: Console, fetches: list[traffic.Fetch]) -> None:
+def _print_fetches(console: Console, layout: Layout, fetches: list[traffic.Fetch]) -> None:
     """Prints, of each kind of layer, what every fetch would send; nothing without such layers."""
     if not fetches:
         return
+    levels, weight = layout.config.exchange.levels, layout.config.exchange.link_ratio
     title = "Tokens or weights: what a device sends over the expert axes, in a step of one layer"
+    if levels:
+        title += f"; a byte over {levels[0]} weighs {weight:g}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("layers", "R"):
         table.add_column(name)
-    for name in ("fetch", "tokens", "weights"):
+    for name in ("fetch", "tokens", "weights", *(f"over {axis}" for axis in levels[:1])):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for layers, choice in fetches:
         named = (_numbers(layers), f"{choice.ratio:.3g}")
         for row in choice.rows:
             taken = "this" if row.fetch == choice.fetch else ""
-            sizes = shown_bytes(row.tokens), shown_bytes(row.weights)
-            table.add_row(*named, str(row.fetch), *sizes, taken)
+            sizes = [row.tokens, row.weights, row.between][: 2 + bool(levels)]
+            table.add_row(*named, str(row.fetch), *map(shown_bytes, sizes), taken)
             named = ("", "")
     console.print(table)
     console.print()

@@ -34,7 +34,7 @@ from gshard_moe.dispatch import Slots, einsum, gather
 from gshard_moe.exchange import choose, on_devices
 from gshard_moe.exchange import chunks as chunking
 from gshard_moe.exchange.part import Part, Weights, vary
-from gshard_moe.exchange.transfers import Sizes
+from gshard_moe.exchange.sizes import Sizes
 from gshard_moe.experts import ROLES, ExpertWeights
 from gshard_moe.layout import Layout
 
@@ -75,21 +75,44 @@ def exchange(
         xs_EGCM = gather.dispatch(x_GSM, slots)
         add = functools.partial(gather.add, slots=slots)
     xs_EGCM = layout.constrain("slots_source", xs_EGCM)
-    stored = tuple((ROLES[name], weight.shape) for name, weight in weights.held().items())
-    for role, shape in stored:
-        layout.shape_per_device(role, shape)  # or says what does not divide
-    sizes = Sizes(
-        xs_EGCM.shape,
-        stored,
-        xs_EGCM.dtype.itemsize,
-        dropout=key_EGC2 is not None,
-        recomputed=layout.config.compute.computes_again,
-    )
-    part = choose.part_of(layout, sizes, layouts.free_axes(layouts.mesh_here(layout)))
-    layer = Layer(part, config, fewer, sizes.recomputed, key_impl(dropout_key_G))
+    part = part_of(x_GSM, slots, weights, config=config, layout=layout)
+    again = layout.config.compute.computes_again
+    layer = Layer(part, config, fewer, again, key_impl(dropout_key_G))
     ys_EGCM = carry(layer, xs_EGCM, gate_EGC, key_EGC2, weights, layout)
     with jax.named_scope("combine"):
         return add(layout.constrain("slots_source", ys_EGCM))
+
+
+def part_of(
+    x_GSM: jax.Array,
+    slots: Slots,
+    weights: ExpertWeights,
+    *,
+    config: configs.MoEConfig,
+    layout: Layout,
+) -> Part:
+    """Returns a device's part in the exchange of these, with the fetch that the card says.
+
+    Args:
+      x_GSM: the tokens.
+      slots: who goes where.
+      weights: of all experts, as stored.
+      config: of the experts.
+      layout: on a mesh.
+    """
+    stored = tuple((ROLES[name], weight.shape) for name, weight in weights.held().items())
+    for role, shape in stored:
+        layout.shape_per_device(role, shape)  # or says what does not divide
+    num_groups, num_experts, capacity = slots.token_GEC.shape
+    sizes = Sizes(
+        (num_experts, num_groups, capacity, x_GSM.shape[-1]),
+        slots.slot_GSK.shape,
+        stored,
+        x_GSM.dtype.itemsize,
+        dropout=config.expert_dropout > 0,
+        recomputed=layout.config.compute.computes_again,
+    )
+    return choose.part_of(layout, sizes, layouts.free_axes(layouts.mesh_here(layout)))
 
 
 def with_slots(slots: Slots, dropout_key_G: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -2,27 +2,23 @@
 
 Sizes are static, and so is the choice: `explain` prints the one that the layer makes. It compares
 what a training step sends, as `transfers` counts it, and knows no chip, so that a card means the
-same on all. With a chip, seconds are compared, and weights that come while something else is
-computed cost nothing (HybridEP's rule); that is for who plans.
+same on all; of two levels it weighs a byte between nodes by the card's `link_ratio`. With a chip,
+seconds are compared, and weights that come while something else is computed cost nothing
+(HybridEP's rule); that is for who plans.
 
 Source: Janus, doi 10.1145/3603269.3604869 (the ratio R); HybridEP, arXiv 2510.19470, section 4
 (what is between its two ends, and what is free).
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from gshard_moe.exchange import transfers
 from gshard_moe.exchange.part import Part
-from gshard_moe.exchange.transfers import Sizes
+from gshard_moe.exchange.sizes import Sizes
 from gshard_moe.hardware import Chip
 from gshard_moe.layout import Layout, LayoutError
 from gshard_moe.layout.traffic import Collective
-
-# With `levels` and no chip, a byte over the first one's links costs as much as so many over the
-# second's: NVLink to InfiniBand, 450 to 50 GB/s (hardware/chips/h200.toml).
-SLOWER = 9
 
 
 class Row(NamedTuple):
@@ -32,12 +28,14 @@ class Row(NamedTuple):
       fetch: devices of a group.
       tokens: bytes that a device sends in a step to other groups.
       weights: bytes that it sends inside its group, gradients included.
-      cost: what is compared: seconds with a chip, else bytes, those over slower links weighed.
+      between: bytes of both that go between nodes; 0 without `levels`.
+      cost: what is compared: seconds with a chip, else bytes, those between nodes weighed.
     """
 
     fetch: int
     tokens: int
     weights: int
+    between: int
     cost: float
 
 
@@ -48,8 +46,10 @@ class Choice(NamedTuple):
       fetch: of the card, or the cheapest; of equals the smallest.
       ratio: R: bytes of tokens where experts stay, over bytes of weights where tokens stay; above 1
         tokens should stay (of these two). Of a whole step, as this member sends it: Janus counts
-        the forward alone. 0 where nothing travels.
-      rows: of each divisor of the devices of the expert axes, in rising order.
+        the forward alone. With `levels` it is of the bytes between nodes, as Janus' is, and what
+        goes inside a node may turn the choice. 0 where nothing travels.
+      rows: of each divisor of the devices of the expert axes, in rising order; with `levels` of 1
+        and of all, each of which sends to a node once.
     """
 
     fetch: int
@@ -96,7 +96,7 @@ def choose(
       layout: on a mesh; its card may name one fetch, which is then the choice.
       sizes: of the layer.
       free: axes that no `shard_map` of the caller's has taken; default: all.
-      chip: whose links carry the bytes, the first of `levels` over its network.
+      chip: whose links carry the bytes, those between nodes over its network.
       pre_expert_flops: of a device in a step, that weights can arrive behind; it needs a chip.
     Raises:
       ValueError: if there are FLOPs and no chip.
@@ -110,29 +110,45 @@ def choose(
     devices = Part.of(layout, 1, free).devices
     behind = pre_expert_flops / chip.flops if chip else 0.0
     rows = []
-    for fetch in range(1, devices + 1):
-        if devices % fetch:
-            continue
+    for fetch in _fetches(layout, devices):
         part = Part.of(layout, fetch, free)
         tokens = transfers.of_tokens(part, sizes)
         weights = transfers.of_weights(layout, part, sizes)
         cost = _cost(tokens, part, chip) + max(0.0, _cost(weights, part, chip) - behind)
-        rows.append(Row(fetch, _bytes(tokens), _bytes(weights), cost))
+        between = _bytes(_between(tokens + weights, part))
+        rows.append(Row(fetch, _bytes(tokens), _bytes(weights), between, cost))
     asked = layout.config.exchange.fetch_of(devices)
     best = min(rows, key=lambda row: (row.cost, row.fetch)).fetch if asked == "auto" else asked
-    ratio = rows[0].tokens / rows[-1].weights if devices > 1 else 0.0
-    return Choice(best, ratio, tuple(rows))
+    return Choice(best, _ratio(rows[0], rows[-1]), tuple(rows))
+
+
+def _fetches(layout: Layout, devices: int) -> list[int]:
+    """Returns what may be chosen."""
+    if layout.config.exchange.levels:
+        return sorted({1, devices})
+    return [fetch for fetch in range(1, devices + 1) if devices % fetch == 0]
+
+
+def _ratio(stay: Row, travel: Row) -> float:
+    """Returns R, of the row where experts stay and of that where they travel."""
+    if travel.between:
+        return stay.between / travel.between
+    return stay.tokens / travel.weights if travel.weights else 0.0
 
 
 def _cost(sent: Iterable[Collective], part: Part, chip: Chip | None) -> float:
     """Returns seconds, or bytes that are weighed."""
-    outer = part.config.levels[:1]
-    fast, slow = 1.0, float(SLOWER)
+    sent = list(sent)
+    fast, slow = 1.0, part.config.link_ratio
     if chip is not None:
         fast, slow = (1 / (link.gb_per_s * 1e9) for link in (chip.link, chip.network))
-    return math.fsum(
-        one.bytes * (slow if set(outer) & set(one.link.split("/")) else fast) for one in sent
-    )
+    between = _bytes(_between(sent, part))
+    return slow * between + fast * (_bytes(sent) - between)
+
+
+def _between(sent: Iterable[Collective], part: Part) -> list[Collective]:
+    """Returns what goes between nodes."""
+    return [one for one in sent if set(part.config.levels[:1]) & set(one.link.split("/"))]
 
 
 def _bytes(sent: Iterable[Collective]) -> int:

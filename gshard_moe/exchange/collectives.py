@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gshard_moe import config as configs
-from gshard_moe.exchange import choose, chunks, levels, transfers
+from gshard_moe.exchange import choose, chunks, transfers
 from gshard_moe.exchange.ragged import collectives as of_ragged
 from gshard_moe.exchange.rows import collectives as of_rows
+from gshard_moe.exchange.sizes import Sizes
 from gshard_moe.exchange.spmd import collectives as of_spmd
 from gshard_moe.exchange.spmd import of_combine
-from gshard_moe.exchange.transfers import Sizes
 from gshard_moe.layout import Layout, traffic
 from gshard_moe.layout.traffic import Collective
 
@@ -43,19 +43,9 @@ def collectives(
         return of_rows(layout, shapes["rows"], itemsize, recomputed=recomputed)
     if layout.config.exchange.tokens == "all_to_all":
         dropout = config.expert_dropout > 0
-        sizes = Sizes(tuple(shapes["slots"]), tuple(weights), itemsize, dropout, recomputed)
-        part = choose.part_of(layout, sizes)
-        if _on_two_levels(layout, part.fetch):
-            sent = levels.of_tokens(
-                layout,
-                shapes["groups"],
-                shapes["slots"],
-                itemsize,
-                config=config,
-                recomputed=recomputed,
-            )
-            return sent + transfers.of_storage(layout, part, sizes)
-        sent = transfers.collectives(layout, part, sizes)
+        slots, choices = tuple(shapes["slots"]), tuple(shapes["choices"])
+        sizes = Sizes(slots, choices, tuple(weights), itemsize, dropout, recomputed)
+        sent = transfers.collectives(layout, choose.part_of(layout, sizes), sizes)
         return sent + traffic.times(of_combine(layout, shapes["groups"], itemsize), 2)
     return of_spmd(
         layout,
@@ -95,9 +85,3 @@ def of_weight(
     # By capacity they are gathered once, and each chunk's gradient is summed by itself.
     sums = [c for c in whole if c.kind in ("all-reduce", "reduce-scatter")]
     return [c for c in whole if c not in sums] + traffic.times(sums, count)
-
-
-def _on_two_levels(layout: Layout, fetch: int) -> bool:
-    """Whether tokens travel on two levels: one node is one level."""
-    levels = layout.config.exchange.levels
-    return bool(levels) and fetch == 1 and layout.axis_sizes[levels[0]] > 1

@@ -88,6 +88,12 @@ class Part:
         return by_hand.gathering(self.config, self.fetch, self.sizes, self.devices)
 
     @property
+    def on_two_levels(self) -> bool:
+        """Whether tokens travel on two levels: one node is one level."""
+        levels = self.config.levels
+        return self.fetch == 1 and self.experts == levels != () and self.sizes[levels[0]] > 1
+
+    @property
     def pieces(self) -> int:
         """Into how many a step's slots are cut; where nothing travels there is nothing to hide."""
         return self.config.chunks if self.across > 1 or self.hidden else 1

@@ -11,42 +11,21 @@ tokens cross between, F devices that share weights, R of them a ring. See `part`
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from gshard_moe.exchange import levels
 from gshard_moe.exchange.part import Part
+from gshard_moe.exchange.sizes import FLOAT32, KEY, Sizes, one, parts_of, slots_of
 from gshard_moe.layout import Layout, Stage
 from gshard_moe.layout.traffic import Collective, Kind, among, cut, times
-
-# Bytes of a number, and of a key of dropout.
-FLOAT32 = 4
-KEY = 8
-
-
-class Sizes(NamedTuple):
-    """What one layer exchanges.
-
-    Attributes:
-      shape_EGCM: of the slots, of all devices of the axes that are free.
-      weights: role and shape of each tensor of expert weights, the same.
-      itemsize: bytes of one element of both.
-      dropout: hidden units are dropped, by a key of each slot.
-      recomputed: the backward runs the forward again.
-    """
-
-    shape_EGCM: tuple[int, ...]
-    weights: tuple[tuple[str, tuple[int, ...]], ...]
-    itemsize: int
-    dropout: bool
-    recomputed: bool
 
 
 def collectives(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
     """Returns all of it, for tokens and then for weights."""
     return (
         of_tokens(part, sizes)
-        + _of_slices(part, sizes)
+        + of_slices(part, sizes)
         + of_weights(layout, part, sizes)
         + of_storage(layout, part, sizes)
     )
@@ -54,8 +33,10 @@ def collectives(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
 
 def of_tokens(part: Part, sizes: Sizes) -> list[Collective]:
     """Returns what crosses between the A groups: tokens, gates and keys."""
-    slots = _slots(part, sizes.shape_EGCM)
-    held = slots * sizes.shape_EGCM[-1] // _parts(part, part.width) * sizes.itemsize
+    if part.on_two_levels:
+        return levels.of_tokens(part, sizes)
+    slots = slots_of(part, sizes)
+    held = slots * sizes.shape_EGCM[-1] // parts_of(part, part.width) * sizes.itemsize
     way = _swapped(part, held, "slots_wire")
     there = cut(times(way, 2), part.ring * part.pieces)
     again = cut(times(way, 2 + sizes.recomputed), part.ring * backward_pieces(part, sizes))
@@ -109,19 +90,19 @@ def _passes(role: str, recomputed: bool) -> int:
     return 1 + (role != "expert_in_bias" or recomputed)
 
 
-def _of_slices(part: Part, sizes: Sizes) -> list[Collective]:
+def of_slices(part: Part, sizes: Sizes) -> list[Collective]:
     """Returns what experts whose hidden dim is split send: their tokens' width, and their sums."""
-    slots = _slots(part, sizes.shape_EGCM)
+    slots = slots_of(part, sizes)
     held = slots * sizes.shape_EGCM[-1] * sizes.itemsize
     if part.width:
-        sums = _one(part, "reduce-scatter", part.width, held, "slots_wire")
+        sums = one(part, "reduce-scatter", part.width, held, "slots_wire")
     else:
-        sums = _one(part, "all-reduce", part.hidden, held, "slots_wire")
-    whole = _one(part, "all-gather", part.width, held, "slots")
+        sums = one(part, "all-reduce", part.hidden, held, "slots_wire")
+    whole = one(part, "all-gather", part.width, held, "slots")
     there = cut(sums + whole, part.ring * part.pieces)
     again = sums + times(whole, 1 + sizes.recomputed)
     # A gate weighs the whole hidden layer.
-    gates = _one(part, "all-reduce", part.hidden, slots * FLOAT32, "choices")
+    gates = one(part, "all-reduce", part.hidden, slots * FLOAT32, "choices")
     return there + cut(again, part.ring * backward_pieces(part, sizes)) + gates
 
 
@@ -135,12 +116,12 @@ def of_storage(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
         held = math.prod(shape) // _split(layout, part, role, "stored") * sizes.itemsize
         stored = {axis for dim in layout.dims(role) for axis in dim.axes}
         more = [axis for axis in part.axes if axis not in stored]
-        found += _one(part, "all-reduce", more, held, role)
+        found += one(part, "all-reduce", more, held, role)
         uses = _passes(role, sizes.recomputed)
         for _, gone in layout.gathered(role):
-            held *= _parts(part, gone)
-            found += times(_one(part, "all-gather", gone, held, role), uses)
-            found += _one(part, "reduce-scatter", gone, held, role)
+            held *= parts_of(part, gone)
+            found += times(one(part, "all-gather", gone, held, role), uses)
+            found += one(part, "reduce-scatter", gone, held, role)
     return found
 
 
@@ -153,12 +134,6 @@ def _swapped(part: Part, held: int, role: str) -> list[Collective]:
 def _of(parts: int, kind: Kind, link: str, own: int, role: str) -> list[Collective]:
     """Returns a collective of so many devices that each have `own` bytes of what is gathered."""
     return among(kind, parts, link, own * parts, role)
-
-
-def _one(part: Part, kind: Kind, axes: Iterable[str], held: int, role: str) -> list[Collective]:
-    named = set(axes)
-    axes = [axis for axis in part.sizes if axis in named]
-    return among(kind, _parts(part, axes), "/".join(axes), held, role)
 
 
 def _link(part: Part, groups: Iterable[Sequence[int]]) -> str:
@@ -177,14 +152,5 @@ def _starts(part: Part, size: int) -> range:
     return range(0, part.devices, size)
 
 
-def _slots(part: Part, shape_EGCM: Sequence[int]) -> int:
-    """Returns how many slots a device has, before tokens travel and after."""
-    return math.prod(shape_EGCM[:3]) // _parts(part, part.groups)
-
-
 def _split(layout: Layout, part: Part, role: str, stage: Stage) -> int:
-    return _parts(part, [axis for dim in layout.dims(role, stage) for axis in dim.axes])
-
-
-def _parts(part: Part, axes: Iterable[str]) -> int:
-    return math.prod(part.sizes[axis] for axis in axes)
+    return parts_of(part, [axis for dim in layout.dims(role, stage) for axis in dim.axes])

@@ -26,9 +26,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from gshard_moe import config as configs
-from gshard_moe import layout as layouts
 from gshard_moe.dispatch import Slots, gather
-from gshard_moe.exchange.all_to_all import Layer, carry, key_impl, with_slots
+from gshard_moe.exchange import levels
+from gshard_moe.exchange.all_to_all import Layer, carry, key_impl, part_of, with_slots
 from gshard_moe.exchange.all_to_all import exchange as one_level
 from gshard_moe.exchange.part import Part, Weights
 from gshard_moe.experts import ExpertWeights
@@ -62,9 +62,8 @@ def exchange(
     Raises:
       ValueError: if there are more chunks than experts on a device and than slots.
     """
-    levels = layout.config.exchange.levels
-    part = Part.of(layout, 1, layouts.free_axes(layouts.mesh_here(layout)))
-    if layout.config.exchange.fetch != 1 or part.experts != levels or part.sizes[levels[0]] == 1:
+    part = part_of(x_GSM, slots, weights, config=config, layout=layout)
+    if not part.on_two_levels:
         return one_level(
             x_GSM,
             slots,
@@ -74,7 +73,7 @@ def exchange(
             dropout_key_G=dropout_key_G,
             fewer=fewer,
         )
-    node, local = levels
+    node, local = part.experts
     plan = of_nodes(slots, part.sizes[node])
     gate_EGC, key_EGC2 = with_slots(slots, dropout_key_G)
     inside = dataclasses.replace(part, experts=(local,))
@@ -112,7 +111,7 @@ def of_nodes(slots: Slots, num_nodes: int) -> Plan:
     num_groups, num_experts, capacity = slots.token_GEC.shape
     num_tokens, num_choices = slots.slot_GSK.shape[1:]
     of_node = num_experts // num_nodes
-    places = list_length(num_tokens, of_node, capacity)
+    places = levels.list_length(num_tokens, of_node, capacity)
     node_GSK = jnp.where(slots.slot_GSK >= 0, slots.slot_GSK // (of_node * capacity), -1)
     there_GAS = (node_GSK[:, None] == jnp.arange(num_nodes)[None, :, None, None]).any(axis=-1)
     place_GAS = jnp.where(there_GAS, there_GAS.cumsum(axis=-1) - 1, -1)
@@ -135,17 +134,6 @@ def of_nodes(slots: Slots, num_nodes: int) -> Plan:
     mine_GAZK &= (token_GAZ >= 0)[..., None]
     slot_GAZK = _packed(jnp.where(mine_GAZK, slot_GAZK, -1), num_choices)
     return Plan(lists, place_GEC.swapaxes(0, 1), slot_GAZK.swapaxes(0, 1))
-
-
-def list_length(num_tokens: int, num_experts: int, capacity: int) -> int:
-    """Returns Z: as many tokens of a group as a node's experts can serve.
-
-    Args:
-      num_tokens: S.
-      num_experts: of a node.
-      capacity: C.
-    """
-    return min(num_tokens, num_experts * capacity)
 
 
 def _packed(slot_XK: jax.Array, most: int) -> jax.Array:

@@ -32,15 +32,15 @@ def faults(
             f"{shown('E', levels)}"
         )
     devices = sizes[levels[0]] * sizes[levels[1]]
-    if exchange.fetch_of(devices) not in (1, devices):
+    if exchange.fetch_of(devices) not in (1, devices, "auto"):
         named = ", ".join(f"{axis}={sizes[axis]}" for axis in levels)
         found.append(
-            "exchange.fetch: with exchange.levels must be 1 (tokens travel, once to a node) or all "
-            "devices of both levels (experts travel, once to a node); what is between would send "
-            f"to a node more than once; got fetch={exchange.fetch}, {named}; use fetch = 1, "
-            f"fetch = {devices}, or levels = []"
+            "exchange.fetch: with exchange.levels must be 1 (tokens travel, once to a node), all "
+            "devices of both levels (experts travel, once to a node) or auto; what is between "
+            f"would send to a node more than once; got fetch={exchange.fetch}, {named}; use 1, "
+            f'{devices}, "auto", or levels = []'
         )
-    if exchange.fetch == 1 and sharding.compute.dispatch == "einsum":
+    if exchange.fetch in (1, "auto") and sharding.compute.dispatch == "einsum":
         found.append(
             'compute.dispatch: must be "gather" with exchange.levels: a list of tokens has no mask '
             '[G, S, E, C]; got "einsum"'

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from gshard_moe import config as configs
 from gshard_moe import exchange
-from gshard_moe.exchange import choose, transfers
+from gshard_moe.exchange import choose
 from gshard_moe.exchange.choose import Choice
+from gshard_moe.exchange.sizes import Sizes
 from gshard_moe.layout import Layout, letter_sizes
 from gshard_moe.layout.notation import ACTIVATIONS, PARAMETERS
 from gshard_moe.layout.traffic import Collective, held_bytes, one, times, total
@@ -78,13 +79,15 @@ class Fetch(NamedTuple):
 def fetches(model: configs.ModelConfig, layout: Layout) -> list[Fetch]:
     """Returns the fetch of the MoE layers: they are alike, so it is one for all of them.
 
-    Empty where the card's exchange is not `all_to_all`, or is on two levels, which leave no choice.
+    Empty where the card's exchange is not `all_to_all`.
     """
-    moe, exchange = model.moe, layout.config.exchange
-    if moe is None or exchange.tokens != "all_to_all" or exchange.levels:
+    moe = model.moe
+    if moe is None or layout.config.exchange.tokens != "all_to_all":
         return []
-    exchanged = transfers.Sizes(
-        _shape("slots", letter_sizes(model)),
+    sizes = letter_sizes(model)
+    exchanged = Sizes(
+        _shape("slots", sizes),
+        _shape("choices", sizes),
         expert_weights(moe),
         _itemsize(model),
         dropout=moe.expert_dropout > 0,
