@@ -187,6 +187,23 @@ def expected(case: Case, config: MoEConfig) -> Result:
     )
 
 
+@functools.cache
+def solved(config: MoEConfig) -> tuple[Case, Result]:
+    """Returns a case for a layer, and what must come out."""
+    case = make(config)
+    return case, expected(case, config)
+
+
+def check(
+    config: MoEConfig, layout: Layout | None, case: Case | None = None, want: Result | None = None
+) -> None:
+    """Asserts that just that comes out under a layout, of this case or of `solved`'s."""
+    if case is None or want is None:
+        case, want = solved(config)
+    wrong = differences(run(case, config, layout), want)
+    assert not wrong, wrong
+
+
 def differences(got: Result, want: Result) -> list[str]:
     """Names the arrays that are not equal to the bit, as far as this process holds them."""
 

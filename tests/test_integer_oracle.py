@@ -7,6 +7,7 @@ import integer_case
 import jax
 import numpy as np
 import pytest
+from integer_case import check, solved
 
 from gshard_moe import moe
 
@@ -34,31 +35,20 @@ CHUNKS = (
 ROUTER_TOLERANCE = 1e-5
 
 
-@functools.cache
-def expected(config):
-    case = integer_case.make(config)
-    return case, integer_case.expected(case, config)
-
-
-def check(config, layout):
-    case, want = expected(config)
-    assert integer_case.differences(integer_case.run(case, config, layout), want) == []
-
-
 def test_the_case_tries_what_it_should():
     config = integer_case.config()
-    case, want = expected(config)
+    case, want = solved(config)
     assert 0.05 < want.dropped < 0.5
     assert not case.mask_GS.all()
     assert (want.load_E > 0).all()
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(want)) < 2**20
     other = integer_case.config(priority="choice")
-    assert (expected(other)[1].slot_GSK != want.slot_GSK).any()
+    assert (solved(other)[1].slot_GSK != want.slot_GSK).any()
 
 
 def test_the_comparison_can_fail():
     config = integer_case.config()
-    case, want = expected(config)
+    case, want = solved(config)
     got = integer_case.run(case, config, cases.layout("expert_data"))
     wrong = want.dexperts.in_EMH.copy()
     wrong[7, 3, 2] += 1
@@ -103,7 +93,7 @@ def test_more_chunks_than_experts_and_slots_are_refused():
     config = integer_case.config()
     refused = r"chunks=9, experts on a device=2, C=2; use fewer chunks or larger groups"
     with pytest.raises(ValueError, match=refused):
-        integer_case.run(expected(config)[0], config, cases.layout("expert_data", chunks=9))
+        integer_case.run(solved(config)[0], config, cases.layout("expert_data", chunks=9))
 
 
 def test_choice_order_and_one_choice_when_sharded():

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from gshard_moe import config as configs
 from gshard_moe.exchange import choose, chunks, transfers
 from gshard_moe.exchange.ragged import collectives as of_ragged
-from gshard_moe.exchange.rows import collectives as of_rows
 from gshard_moe.exchange.sizes import Sizes
 from gshard_moe.exchange.spmd import collectives as of_spmd
 from gshard_moe.exchange.spmd import of_combine
@@ -35,14 +34,10 @@ def collectives(
       weights: role and shape of each tensor of expert weights.
       recomputed: the backward runs the forward again, and its exchange with it.
     """
-    if layout.config.exchange.tokens == "ragged":
-        return of_ragged(
-            layout, shapes, itemsize, dropout=config.expert_dropout > 0, recomputed=recomputed
-        )
-    if layout.config.compute.dispatch == "ragged":
-        return of_rows(layout, shapes["rows"], itemsize, recomputed=recomputed)
+    dropout = config.expert_dropout > 0
+    if "ragged" in (layout.config.exchange.tokens, layout.config.compute.dispatch):
+        return of_ragged(layout, shapes, itemsize, dropout=dropout, recomputed=recomputed)
     if layout.config.exchange.tokens == "all_to_all":
-        dropout = config.expert_dropout > 0
         slots, choices = tuple(shapes["slots"]), tuple(shapes["choices"])
         sizes = Sizes(slots, choices, tuple(weights), itemsize, dropout, recomputed)
         sent = transfers.collectives(layout, choose.part_of(layout, sizes), sizes)

@@ -38,14 +38,22 @@ class Experts:
     backend: configs.GroupedMatmulBackend
 
     @classmethod
-    def of(cls, layout: Layout) -> "Experts":
-        """Reads them from a layout; axes that a caller's `shard_map` has taken are done."""
+    def of(cls, layout: Layout | None, *, travel: bool) -> "Experts":
+        """Reads them from a layout; axes that a caller's `shard_map` has taken are done.
+
+        Args:
+          layout: None: of one device.
+          travel: rows have a wire.
+        """
+        if layout is None:
+            none = {role: () for role in ROLES.values()}
+            return cls((), (), none, experts.choose_backend("auto", layouts.platform_of(None)))
         free = functools.partial(on_devices.free_of, layout)
         gather = {role: layout.gathered(role, free(layout.axes)) for role in ROLES.values()}
         asked = layout.config.compute.grouped_matmul
         return cls(
             tuple(free(layout.axes_of("rows_hidden", "H"))),
-            tuple(free(layout.axes_of("slots_wire", "M"))),
+            tuple(free(layout.axes_of("slots_wire", "M"))) if travel else (),
             gather,
             experts.choose_backend(asked, layouts.platform_of(layout)),
         )

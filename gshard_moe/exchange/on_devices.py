@@ -20,10 +20,13 @@ def differentiably(
 ) -> Callable[..., Any]:
     """Runs `f(*arrays, fixed)` on each device's parts; differentiable in all but the last argument.
 
-    JAX 0.12 cannot take the gradient of one `shard_map` inside another, so the gradient is a
-    `shard_map` of its own here, which computes `f` again; what of it is not used, XLA removes.
+    JAX 0.12 cannot take the gradient of one `shard_map` inside another, so there the gradient is a
+    `shard_map` of its own, which computes `f` again; what of it is not used, XLA removes.
     """
     local = functools.partial(on_each_device, layout)
+    mesh = None if layout is None else layouts.mesh_here(layout)
+    if mesh is None or layouts.free_axes(mesh) == mesh.axis_names:
+        return local(f, tuple(in_specs), out_spec)
 
     @jax.custom_vjp
     def run(arrays: tuple, fixed: Any) -> Any:

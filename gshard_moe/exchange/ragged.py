@@ -1,10 +1,11 @@
 """Exchange of rows: each token's vector travels to its experts' devices, and nothing else does.
 
-One `shard_map`. A device sorts its tokens' served choices by expert, so that what goes to another
-device is one slice of its rows; tells each how many rows of each of its experts come; sends them;
-and sorts what arrives by expert again, which is a merge of sorted slices. The experts' results go
-back the same way. Buffers are as long as the model card lets them become, so nothing is dropped
-here; what is empty is not sent.
+One `shard_map`. A device sorts its tokens' served choices by expert. Where it has every expert
+(they may be stored split, and gathered for their use), it runs its rows through them, and that is
+all. Else what goes to another device is one slice of its rows: it tells each how many rows of each
+of its experts come; sends them; and sorts what arrives by expert again, which is a merge of sorted
+slices. The experts' results go back the same way. Buffers are as long as the model card lets them
+become, so nothing is dropped here; what is empty is not sent.
 
 With a hidden dim split over another axis (tensor parallelism), `M/model` in `slots_wire` lets each
 of its devices send a part of the model width, gather the rest where it arrives, and scatter the
@@ -17,7 +18,7 @@ Source: MegaBlocks, arXiv 2211.15841 (dropless); GShard, arXiv 2006.16668, secti
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,9 +34,7 @@ from gshard_moe.exchange import local_experts, on_devices
 from gshard_moe.exchange import ragged_all_to_all as ways
 from gshard_moe.exchange.local_experts import Experts
 from gshard_moe.exchange.ragged_all_to_all import Route, ragged_all_to_all
-from gshard_moe.exchange.rows import collectives as of_rows
-from gshard_moe.exchange.rows import exchange as at_home
-from gshard_moe.experts import ROLES, ExpertWeights, Use
+from gshard_moe.experts import ROLES, ExpertWeights
 from gshard_moe.layout import Layout, LayoutError, traffic
 from gshard_moe.layout.traffic import Collective
 
@@ -49,23 +48,19 @@ def exchange(
     weights: ExpertWeights,
     *,
     config: configs.MoEConfig,
-    layout: Layout,
-    use: Use,
+    layout: Layout | None,
     slots_of_group: int | None = None,
     distinct: bool = True,
     dropout_key_G: Key[Array, " G"] | None = None,
 ) -> Float[Array, "G S M"]:
-    """Takes tokens to their experts and back, as rows.
-
-    Where E is split over no more than one device, it is `rows`.
+    """Takes tokens to their experts and back, as rows; they stay where E is not split.
 
     Args:
       x_GSM: the tokens.
       served: who goes to which expert.
       weights: of all experts, as stored.
       config: of the experts.
-      layout: where; `Layout.check_exchange` finds nothing.
-      use: lays out a weight for its use.
+      layout: where; `Layout.check_exchange` finds nothing. None: all of it on one device.
       slots_of_group: choices of a group that can be served at most, an equal share of them by each
         expert; None: all.
       distinct: a token's experts are; else more room is needed for what may come.
@@ -76,38 +71,21 @@ def exchange(
       LayoutError: if E or G does not divide by its axes, or a caller's `shard_map` has taken an
         axis of E.
     """
-    axes = expert_axes(layout)
-    if not axes:
-        return at_home(
-            x_GSM,
-            served,
-            weights,
-            config=config,
-            layout=layout,
-            use=use,
-            slots_of_group=slots_of_group,
-            dropout_key_G=dropout_key_G,
-        )
-    _refuse_taken(layout, axes)
+    axes, held = expert_axes(layout), weights.held()
     emulated = layouts.platform_of(layout) == "cpu"
-    here = _Here(axes, Experts.of(layout), emulated, slots_of_group, distinct)
-    held = weights.held()
-    for name, weight in held.items():
-        layout.shape_per_device(ROLES[name], weight.shape)  # or says what does not divide
-    groups = layout.axes_of("groups", "G")
+    here = _Here(axes, Experts.of(layout, travel=axes != ()), emulated, slots_of_group, distinct)
+    spec_of_weights = {}
+    if layout is not None:
+        _refuse_taken(layout, axes)
+        for name, weight in held.items():
+            layout.shape_per_device(ROLES[name], weight.shape)  # or says what does not divide
+        spec_of_weights = {name: layout.spec(ROLES[name]) for name in held}
+    groups = on_devices.axes_of(layout, "groups", "G")
     tokens = P(groups, None, here.experts.width or None)
-    specs = (
-        tokens,
-        P(groups),
-        {name: layout.spec(ROLES[name]) for name in held},
-        (P(groups), None if dropout_key_G is None else P(groups)),
-    )
+    fixed = P(groups), None if dropout_key_G is None else P(groups)
     run = functools.partial(_on_a_device, here=here, config=config)
-    mesh = layouts.mesh_here(layout)
-    if len(layouts.free_axes(mesh)) < len(mesh.axis_names):
-        run = on_devices.differentiably(layout, run, specs, tokens)
-    else:
-        run = on_devices.on_each_device(layout, run, specs, tokens)
+    specs = tokens, P(groups), spec_of_weights, fixed
+    run = on_devices.differentiably(layout, run, specs, tokens)
     return run(x_GSM, served.gate_GSK, held, (served.expert_GSK, dropout_key_G))
 
 
@@ -115,7 +93,7 @@ class _Here(NamedTuple):
     """What a layout says of a device.
 
     Attributes:
-      axes: those that E is split over.
+      axes: those that E is split over; none: every device has all experts.
       experts: how the device runs its own.
       emulated: the platform has no ragged all-to-all.
       slots_of_group: choices of a group that can be served at most; None: all.
@@ -129,8 +107,10 @@ class _Here(NamedTuple):
     distinct: bool
 
 
-def expert_axes(layout: Layout) -> tuple[str, ...]:
+def expert_axes(layout: Layout | None) -> tuple[str, ...]:
     """Returns the axes, of more than one device, that E is split over where experts are used."""
+    if layout is None:
+        return ()
     sizes = layout.axis_sizes
     return tuple(axis for axis in layout.axes_of("expert_in", "E", "used") if sizes[axis] > 1)
 
@@ -159,36 +139,71 @@ def _on_a_device(
     """Takes one device's tokens to their experts, runs its own experts, and combines."""
     expert_gSK, dropout_key_g = fixed
     expert_TK = expert_gSK.reshape(-1, expert_gSK.shape[2])
-    parts = jax.lax.axis_size(here.axes)
     num_sent, num_received = _longest(
-        expert_gSK.shape, config.num_experts, here.slots_of_group, parts, distinct=here.distinct
+        expert_gSK.shape,
+        config.num_experts,
+        here.slots_of_group,
+        jax.lax.axis_size(here.axes) if here.axes else 1,
+        distinct=here.distinct,
     )
     with jax.named_scope("dispatch"):
-        found = rows.sort_by_expert(expert_TK, num_experts=config.num_experts, max_rows=num_sent)
+        found = rows.sort_by_expert(
+            expert_TK,
+            num_experts=config.num_experts,
+            max_rows=num_sent,
+            room=0 if here.axes else here.experts.room,
+        )
         xs_Rm = rows.dispatch(x_gSm.reshape(-1, x_gSm.shape[-1]), found)
-    with jax.named_scope("exchange"):
-        route, count_De = _announce(found.count_E, here.axes)
-        send = functools.partial(_sent, here=here)
-        xs_Am = send(xs_Rm, num_received, route)
-    order = _by_expert(count_De, num_received, here.experts.room)
-    key_A = None
-    if dropout_key_g is not None:
-        with jax.named_scope("exchange"):
-            key_R = _keys(dropout_key_g, found, config)
-            words_A = send(jax.random.key_data(key_R), num_received, route)
-            words_A = words_A.at[jnp.maximum(order.choice_R, 0)].get(mode="clip")
-            key_A = jax.random.wrap_key_data(words_A, impl=jax.random.key_impl(dropout_key_g))
-    with jax.named_scope("dispatch"):
-        xs_Am = rows.dispatch(xs_Am, order)
-    ys_Am = local_experts.run(xs_Am, held, order, here.experts, config, key_A)
-    with jax.named_scope("combine"):
-        ys_Am = rows.dispatch(ys_Am, _unsorted(order, num_received))
-    with jax.named_scope("exchange"):
-        ys_Rm = send(ys_Am, num_sent, ways.turned(route))
+        key_R = None if dropout_key_g is None else _keys(dropout_key_g, found, config)
+
+    def run(xs_Am: jax.Array, order: Rows, key_A: jax.Array | None) -> jax.Array:
+        return local_experts.run(xs_Am, held, order, here.experts, config, key_A)
+
+    if here.axes:
+        ys_Rm = _there_and_back(xs_Rm, found.count_E, key_R, num_received, here, run)
+    else:
+        ys_Rm = run(xs_Rm, found, key_R)
     with jax.named_scope("combine"):
         # A gate's gradient is summed over the parts of the width.
         ys_Rm, gate_TK = experts.varying_alike(ys_Rm, gate_gSK.reshape(expert_TK.shape))
         return rows.combine(ys_Rm, gate_TK, found).reshape(x_gSm.shape)
+
+
+def _there_and_back(
+    xs_Rm: jax.Array,
+    count_E: jax.Array,
+    key_R: jax.Array | None,
+    num_received: int,
+    here: _Here,
+    run: Callable[[jax.Array, Rows, jax.Array | None], jax.Array],
+) -> jax.Array:
+    """Sends rows to their experts, and what becomes of them back.
+
+    Args:
+      xs_Rm: sorted by expert.
+      count_E: rows of each.
+      key_R: travels with each row.
+      num_received: how many may arrive here.
+      here: what the layout says.
+      run: a device's own experts, over rows sorted by them.
+    """
+    with jax.named_scope("exchange"):
+        route, count_De = _announce(count_E, here.axes)
+        send = functools.partial(_sent, here=here)
+        xs_Am = send(xs_Rm, num_received, route)
+    order, key_A = _by_expert(count_De, num_received, here.experts.room), None
+    if key_R is not None:
+        with jax.named_scope("exchange"):
+            words_A = send(jax.random.key_data(key_R), num_received, route)
+            words_A = words_A.at[jnp.maximum(order.choice_R, 0)].get(mode="clip")
+            key_A = jax.random.wrap_key_data(words_A, impl=jax.random.key_impl(key_R))
+    with jax.named_scope("dispatch"):
+        xs_Am = rows.dispatch(xs_Am, order)
+    ys_Am = run(xs_Am, order, key_A)
+    with jax.named_scope("combine"):
+        ys_Am = rows.dispatch(ys_Am, _unsorted(order, num_received))
+    with jax.named_scope("exchange"):
+        return send(ys_Am, xs_Rm.shape[0], ways.turned(route))
 
 
 def _longest(
@@ -308,9 +323,12 @@ def collectives(
       dropout: a key travels with each row.
       recomputed: the backward runs the forward again, and its exchange with it.
     """
-    axes, how = expert_axes(layout), Experts.of(layout)
+    axes = expert_axes(layout)
+    how = Experts.of(layout, travel=axes != ())
     if not axes:
-        return of_rows(layout, shapes["rows"], itemsize, recomputed=recomputed)
+        held = traffic.held_bytes(layout, "rows", shapes["rows"], itemsize)
+        sums = traffic.one(layout, "all-reduce", how.hidden, held, "rows")
+        return traffic.times(sums, 2 + recomputed)
     num_experts, _, capacity, width = shapes["slots"]
     parts = math.prod(layout.axis_sizes[axis] for axis in axes)
     choices = layout.shape_per_device("choices", shapes["choices"])

@@ -6,7 +6,7 @@ E experts, G groups, C slots, M model width, H hidden width; in names, X are the
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class ExpertWeights(NamedTuple):
     gate_bias_EH: Float[Array, "E H"] | None = None
     out_bias_EM: Float[Array, "E M"] | None = None
 
-    def held(self) -> dict[str, jax.Array]:
+    def held(self) -> dict[str, Any]:
         """Returns the weights that there are, by name."""
         return {name: weight for name, weight in self._asdict().items() if weight is not None}
 

@@ -1,11 +1,13 @@
 """What rows (the dispatch `ragged`) ask of a layout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from gshard_moe.layout.notation import shown
 
 # The axes of more than one device that a dim of a role is split over, where it is used.
 AxesOf = Callable[[str, str], tuple[str, ...]]
+
+_WEIGHTS = ("expert_in", "expert_out", "expert_in_bias", "expert_out_bias")
 
 
 def faults(axes_of: AxesOf) -> list[str]:
@@ -15,7 +17,7 @@ def faults(axes_of: AxesOf) -> list[str]:
     is gathered for its use); an expert's hidden dim alone may be split.
     """
     found = _Faults('compute.dispatch = "ragged"')
-    for role in ("expert_in", "expert_out"):
+    for role in _WEIGHTS:
         split = axes_of(role, "E")
         found.require(
             role,
@@ -24,9 +26,8 @@ def faults(axes_of: AxesOf) -> list[str]:
             f"{', '.join(map(repr, split))} to layout.gather, send rows with exchange.tokens = "
             '"ragged", or use the dispatch "gather"',
         )
-        split = axes_of(role, "M")
-        found.require(role, not split, f"M must be whole where it is used; got {shown('M', split)}")
-    _hidden_and_rows(found, axes_of, ("expert_in", "expert_out"))
+    _whole_width(found, axes_of)
+    _hidden_and_rows(found, axes_of)
     return found.messages
 
 
@@ -36,9 +37,8 @@ def exchange_faults(axes_of: AxesOf) -> list[str]:
     Every device has tokens of its own and experts of its own, whole or split in their hidden dim.
     """
     found = _Faults('exchange.tokens = "ragged"')
-    weights = ("expert_in", "expert_out", "expert_in_bias", "expert_out_bias")
     experts, groups = axes_of("expert_in", "E"), axes_of("groups", "G")
-    for role in weights:
+    for role in _WEIGHTS:
         split = axes_of(role, "E")
         found.require(
             role,
@@ -53,15 +53,8 @@ def exchange_faults(axes_of: AxesOf) -> list[str]:
         f"G must be split over every axis of expert_in's E, so that no token is there twice; got "
         f"{shown('G', groups)}, {shown('E', experts)}; write {shown('G', [*groups, *more])}",
     )
-    for role in ("expert_in", "expert_out", "expert_out_bias"):
-        split = axes_of(role, "M")
-        found.require(
-            role,
-            not split,
-            f"M must be whole where it is used; got {shown('M', split)}; add "
-            f"{', '.join(map(repr, split))} to layout.gather",
-        )
-    _hidden_and_rows(found, axes_of, ("expert_in", "expert_out", "expert_in_bias"))
+    _whole_width(found, axes_of)
+    _hidden_and_rows(found, axes_of)
     hidden, wire = axes_of("rows_hidden", "H"), axes_of("slots_wire", "M")
     found.require(
         "slots_wire",
@@ -84,10 +77,21 @@ class _Faults:
             self.messages.append(f"layout.{key}: with {self.choice} {message}")
 
 
-def _hidden_and_rows(found: _Faults, axes_of: AxesOf, with_hidden: Sequence[str]) -> None:
+def _whole_width(found: _Faults, axes_of: AxesOf) -> None:
+    for role in ("expert_in", "expert_out", "expert_out_bias"):
+        split = axes_of(role, "M")
+        found.require(
+            role,
+            not split,
+            f"M must be whole where it is used; got {shown('M', split)}; add "
+            f"{', '.join(map(repr, split))} to layout.gather",
+        )
+
+
+def _hidden_and_rows(found: _Faults, axes_of: AxesOf) -> None:
     """Requires one split of the hidden dim, and the rows to be split as the groups, and no more."""
     hidden = axes_of("rows_hidden", "H")
-    for role in with_hidden:
+    for role in ("expert_in", "expert_out", "expert_in_bias"):
         split = axes_of(role, "H")
         found.require(
             "rows_hidden",

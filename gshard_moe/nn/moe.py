@@ -254,7 +254,6 @@ def _moe(
         if config.capacity_rule == "easydel" and not config.is_unlimited(train=train):
             limit = config.capacity(train=train)
             chosen = dispatch.softened(chosen, limit, num_experts=config.num_experts)
-    use = functools.partial(place, layout=layout)
     common: Any = {
         "config": config,
         "dropout_key_G": dropout_key_G if config.expert_dropout else None,
@@ -262,12 +261,15 @@ def _moe(
     if _takes_rows(x_BLM, config, layout, train=train):
         with jax.named_scope("dispatch"):
             served, limit = _served(chosen, slots, config, train=train)
-        travels = layout is not None and layout.config.exchange.tokens == "ragged"
-        member = exchange.ragged if travels else exchange.rows
-        more: Any = {"layout": layout, "use": use, "slots_of_group": limit}
-        if travels:
-            more["distinct"] = forced is None  # a router's are
-        y_GSM = member(groups.x_GSM, served, weights.experts, **more, **common)
+        y_GSM = exchange.ragged(
+            groups.x_GSM,
+            served,
+            weights.experts,
+            layout=layout,
+            slots_of_group=limit,
+            distinct=forced is None,  # a router's are
+            **common,
+        )
     else:
         with jax.named_scope("dispatch"):
             if slots is None:
@@ -286,7 +288,7 @@ def _moe(
                 weights.experts,
                 dispatch="gather" if layout is None else layout.config.compute.dispatch,
                 constrain=lay,
-                use=use,
+                use=functools.partial(place, layout=layout),
                 chunks=1 if layout is None else layout.config.exchange.chunks,
                 chunk_by="auto" if layout is None else layout.config.exchange.chunk_by,
                 expert_parts=_parts(layout, "slots_wire", "E"),
