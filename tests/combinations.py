@@ -128,7 +128,7 @@ REFUSALS = {
     "rows go straight": r'levels: must be \[\] with tokens = "ragged"',
     "a ring goes between nodes": r'weights: must be "ring" with levels',
     "fetch does not divide": r"fetch: must divide the devices .* got fetch=8, E/\S+=4; use",
-    "fetch is between levels": r"fetch: with exchange.levels must be 1 .*, all devices of both .* auto",
+    "fetch is between levels": r"fetch: with exchange.levels must be 1 .*, all devices of both .*",
     "nothing travels": r"chunks: must be 1 where no token travels",
     "too few experts": r"chunks: must be at most .* chunk_by = \"expert\"; got chunks=",
     "too few slots": r"chunks: must be at most .* chunk_by = \"capacity\"; got chunks=",

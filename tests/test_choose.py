@@ -90,6 +90,7 @@ def counted(layout: Layout, sizes: Sizes) -> int:
     return sum(one.bytes for one in sent(layout, sizes))
 
 
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(layers())
 def test_the_choice_is_what_explain_counts_as_the_least(layer):
     card, mesh, keys, sizes = layer
@@ -180,6 +181,7 @@ def test_weights_behind_what_is_computed_before_cost_nothing():
         choose.choose(layout, LARGE, pre_expert_flops=1e9)
 
 
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(st.data())
 def test_between_nodes_a_byte_weighs_more(data):
     """Of the two that send to a node once, by bytes of each link as `explain` counts them."""

@@ -154,7 +154,7 @@ def dense_gates(slots: dispatch.Slots, num_experts: int) -> np.ndarray:
     return gate_GSE
 
 
-@pytest.mark.parametrize(("router", "drops"), PAIRS)
+@pytest.mark.parametrize(("router", "drops"), cases.some(PAIRS, *range(0, len(PAIRS), 2)))
 def test_every_dispatch_is_as_loops_and_has_the_same_gradients(router: str, drops: str):
     config = config_of(router, drops)
     layer, x_BLM, mask_BL = example(config)

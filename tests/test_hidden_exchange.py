@@ -183,7 +183,8 @@ def test_gradients_in_chunks_on_v5p():
     check_hidden("v5p:2x2x4", gradients=True)
 
 
-@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gradients", [False, True])
 def test_chunks_on_v6e(gradients: bool):
     check_hidden("v6e:4x4", gradients=gradients)
 

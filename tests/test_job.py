@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 
+import cases
 import job
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_resuming_needs_no_cards_and_a_finished_run_stays_as_it_is(whole, tmp_pa
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", cases.some([signal.SIGTERM, signal.SIGINT], 0))
 def test_a_signal_saves_and_leaves_with_a_message(number, whole, tmp_path):
     shutil.copy(whole / "text.txt", tmp_path)
     args = job.arguments(tmp_path, "run", "--steps", "4000", "--save-every", "1000")
@@ -279,7 +280,7 @@ def test_two_processes_give_the_losses_of_one(whole, tmp_path):
     assert job.call(args) == 0
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", cases.some([0, 1], 0))
 def test_when_a_peer_dies_the_others_leave_with_a_message(victim, whole, tmp_path):
     shutil.copy(whole / "text.txt", tmp_path)
     args = job.arguments(tmp_path, "run", "--steps", "100000", "--save-every", "2")

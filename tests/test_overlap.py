@@ -81,7 +81,7 @@ def exposed(found: Report) -> float:
     return sum(one.exposed for one in exchanges(found))
 
 
-@pytest.mark.parametrize("topology", EXPOSED)
+@pytest.mark.parametrize("topology", cases.some(list(EXPOSED), 0))
 def test_chunks_hide_the_forward(topology: str):
     """Of four chunks the first cannot hide its way out, nor the last its way back.
 
@@ -113,6 +113,7 @@ def check_without_the_option(asynchronous: Study) -> None:
     assert on.step_s < off.step_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", EXPOSED)
 def test_chunks_hide_the_backward_too(topology: str):
     found = layer(topology, chunks=4, gradients=True)

@@ -146,7 +146,7 @@ def test_the_case_tries_what_it_should(router: str):
         assert np.abs(dweights.shared.router_M).max() > 1e-3
 
 
-@pytest.mark.parametrize(("router", "card"), PAIRS)
+@pytest.mark.parametrize(("router", "card"), cases.some(PAIRS, *range(len(ROUTERS) + 3)))
 def test_every_card_gives_what_one_device_gives(router: str, card: str):
     data, want = case(router)
     check_equal(run(*data, config_of(router), cases.layout(card)), want)

@@ -92,7 +92,7 @@ def test_accumulation_is_the_mean_of_micro_batches():
     assert float(metrics.grad_norm) == pytest.approx(float(optax.tree.norm(mean)), rel=1e-5)
 
 
-@pytest.mark.parametrize("card", ["expert_fsdp", "expert_model"])
+@pytest.mark.parametrize("card", cases.some(["expert_fsdp", "expert_model"], 0))
 def test_accumulation_under_a_layout(card):
     config = model(batch_size=16, accumulate=2)
     alone, _ = one_step(config, None)
@@ -168,7 +168,7 @@ def test_evaluation_counts_only_what_the_mask_says():
 # ------------------------------------------------------------------ what no optimiser sees
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", cases.some([1, 2], 1))
 def test_selection_biases_move_against_the_load_of_the_step(accumulate: int):
     """Three MoE blocks: one before the stack, and two in it."""
     moe = cases.moe_config(

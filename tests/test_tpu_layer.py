@@ -79,4 +79,9 @@ def test_rows_take_the_tpus_kernels_and_send_no_token():
     # Three products forward; each has two in the backward, and its forward again.
     assert len(re.findall(r"custom-call\(.*tpu_custom_call", hlo)) >= 9
     assert "while(" not in hlo
-    assert {match[2] for match in COLLECTIVE.finditer(hlo)} == {"all-reduce"}
+    # Weights are gathered, and their gradients scattered and summed; and that is all.
+    kinds = {match[2] for match in COLLECTIVE.finditer(hlo)}
+    assert kinds == {"all-gather", "reduce-scatter", "all-reduce"}
+    gathered = re.findall(r" = bf16\[([\d,]+)\]\S* all-gather", hlo)
+    matrix = {str(SIZES["model_dim"]), str(SIZES["hidden_dim"])}
+    assert gathered and all(matrix <= set(dims.split(",")) for dims in gathered)

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 
+import cases
 import jax
 import jax.numpy as jnp
 import pytest
@@ -31,6 +32,8 @@ def sent(hlo: str, num_devices: int) -> dict[str, tuple[int, float]]:
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
         )
         parts = group_size(line, num_devices)
+        if match[2] == "reduce-scatter":  # whose result is a part
+            held *= parts
         passes = 2 if match[2] == "all-reduce" else 1
         count, size = found[match[2]]
         found[match[2]] = count + 1, size + passes * held * (parts - 1) / parts
@@ -89,7 +92,9 @@ COMPILED = (
 )
 
 
-@pytest.mark.parametrize(("card", "changes", "optimizer"), COMPILED)
+@pytest.mark.parametrize(
+    ("card", "changes", "optimizer"), cases.some(COMPILED, 0, 2, 3, 6, 7, 10, 12, 13)
+)
 def test_collectives_are_those_of_the_compiled_step(card, changes, optimizer):
     model = small("tiny")
     layout = Layout.load(card)
@@ -120,9 +125,10 @@ def test_collectives_are_those_of_the_compiled_step(card, changes, optimizer):
         assert said["all-gather"] / 2 <= compiled["all-gather"][1] <= said["all-gather"]
     else:
         assert said["all-gather"] == compiled["all-gather"][1]
-    # CPU has no reduce-scatter: it reduces everywhere and drops the rest.
+    # For a CPU the partitioner makes no reduce-scatter: it reduces everywhere and drops the rest.
     reduced = said["all-reduce"] + 2 * said["reduce-scatter"]
-    assert reduced <= compiled["all-reduce"][1] <= reduced * (1 + LEFT_OUT) + 100_000 * LEFT_OUT
+    got = compiled["all-reduce"][1] + 2 * compiled["reduce-scatter"][1]
+    assert reduced <= got <= reduced * (1 + LEFT_OUT) + 100_000 * LEFT_OUT
 
 
 def test_two_all_to_alls_each_way_and_again_where_recomputed():

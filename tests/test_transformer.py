@@ -393,7 +393,8 @@ def test_the_pairs_name_every_card():
     assert {sharding for _, sharding in PAIRS} == set(cases.SHARDED_CARDS)
 
 
-@pytest.mark.parametrize(("model", "sharding"), PAIRS)
+# Those of the last that are slow: `test_demo_cards` takes a step of the demo under each.
+@pytest.mark.parametrize(("model", "sharding"), cases.some(PAIRS, *range(9), 10, 15))
 def test_a_model_card_under_a_sharding_card(model, sharding):
     config, params, want = unsharded(model)
     got = loss_and_gradients(config, params, cases.layout(sharding))
