@@ -14,14 +14,13 @@ import functools
 from typing import Any
 
 import cases
-import jax.numpy as jnp
 import pytest
+import studies
 
-from gshard_moe import Layout, aot, load_model
+from gshard_moe import Layout, aot
 from gshard_moe.timeline import Collective, Operation, Program
 from gshard_moe.timeline.machine import LinkModel
-from gshard_moe.train.lowered import lower_layer
-from gshard_moe.train.study import Study, of_lowered
+from gshard_moe.train.study import Study
 
 # Shares of bytes. Seen: forward 6 of 8, with gradients 14 (v5p) and 15 (v6e, H200) of 16.
 FORWARD, GRADIENTS = 0.75, 0.83
@@ -57,42 +56,13 @@ def layer(
     option: bool = True,
 ) -> Study:
     """One layer: 4096 tokens a device and 4 experts, wide; or, of the ring, 32768 and 1, narrow."""
-    cluster, sizes = aot.cluster(topology), LONG if ring else WIDE
-    num_devices = len(cluster.devices)
-    moe = cases.moe_config(
-        model_dim=sizes["model_dim"],
-        hidden_dim=sizes["hidden_dim"],
-        num_experts=sizes["experts"] * num_devices,
-        group_size=sizes["tokens"],
-        capacity_factor=1.0,
-        capacity_rule="ceil",
-        activation="gelu",
-    )
-    card = load_model("gpt2_moe")
-    train = dataclasses.replace(
-        card.train, batch_size=num_devices, seq_len=sizes["tokens"], dtype="bfloat16"
-    )
-    model = dataclasses.replace(
-        card,
-        model_dim=sizes["model_dim"],
-        max_positions=sizes["tokens"],
-        bias=False,
-        moe=moe,
-        train=train,
-    )
+    num_devices = len(aot.cluster(topology).devices)
     layout = cases.layout("expert", chunks=chunks)
     travels: dict[str, Any] = {"fetch": num_devices, "weights": "ring"} if ring else {}
     exchange = dataclasses.replace(layout.config.exchange, tokens="all_to_all", **travels)
     layout = Layout(dataclasses.replace(layout.config, exchange=exchange))
-    mesh = layout.mesh(cluster.devices)
-    lowered = lower_layer(
-        model,
-        layout.on(mesh),
-        cluster.lowering,
-        gradients=gradients,
-        weights_dtype=jnp.bfloat16,
-    )
-    return of_lowered(lowered, cluster, mesh, options=None if option else {})
+    sizes = LONG if ring else WIDE
+    return studies.study_layer(topology, layout, gradients=gradients, option=option, **sizes)
 
 
 def windows(program: Program, kind: str) -> list[tuple[Operation, list[Operation]]]:

@@ -110,6 +110,28 @@ def test_lists_by_hand():
     assert by_role["node", "choices"][1:3] == (7, (2 * (places + table + gates) + gates) // 2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "choices"),
+    [
+        ({"top_k": 1, "reroute_rounds": 4}, 5),
+        ({"router": "expert_choice", "renormalize": "none"}, 8),
+    ],
+)
+def test_a_list_has_a_table_of_all_choices_of_a_routing(changes, choices):
+    layout = on("expert", "node=2,local=4", {}, remat="none")
+
+    def tables(config) -> int:
+        found = traffic.collectives(config, layout)
+        return {(c.link, c.role): c.bytes for c in found}["node", "choices"]
+
+    plain, more = model(), model(aux_loss_weight=0.0, **changes)
+    slots = [config.moe.capacity(train=True) * 8 * 2 for config in (plain, more)]
+    places = [min(64, 4 * config.moe.capacity(train=True)) for config in (plain, more)]
+    # Of a layer: places and slots of lists, and gates there and back; half of it leaves a node.
+    for config, of, length, num in zip((plain, more), slots, places, (2, choices), strict=True):
+        assert tables(config) == (3 * of + 2 * 2 * length * num) * 4 // 2
+
+
 def between_nodes(sent: Sent, layout: Layout) -> float:
     """Returns the bytes of all-to-alls that leave a device's node."""
     num_nodes, devices = layout.axis_sizes["node"], layout.axis_sizes["local"]

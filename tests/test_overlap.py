@@ -5,17 +5,13 @@ the compiler's, and its times are a replay (`gshard_moe.timeline`) by its own mo
 Every claim has a control that only lacks what the claim is about, and sends the same bytes.
 """
 
-import dataclasses
-
 import cases
-import jax.numpy as jnp
 import pytest
+import studies
 
-from gshard_moe import aot, load_model
 from gshard_moe.timeline import Collective, Report
 from gshard_moe.timeline.machine import LinkModel
-from gshard_moe.train.lowered import lower_layer
-from gshard_moe.train.study import Study, of_lowered
+from gshard_moe.train.study import Study
 
 # Schedules differ from version to version; what must hold of each, and not what one of them does.
 HIDDEN = 0.75
@@ -28,39 +24,23 @@ EXPOSED: dict[str, dict[LinkModel, float]] = {
 }
 WITHOUT_OPTION = "v5p:2x2x2"
 CLOSE = 1e-9  # sums in another order
-DEVICES, TOKENS, E, K, M, H = 8, 4096, 32, 2, 4096, 8192
+TOKENS, K, M, H = 4096, 2, 4096, 8192
 # Of bfloat16 tokens in their slots, what leaves a device: 7 of 8 parts, there or back.
 ONE_WAY = TOKENS * K * M * 2 * 7 // 8
 
 
 def layer(topology: str, *, chunks: int, gradients: bool = False, option: bool = True) -> Study:
     """One layer of `benchmarks/overlap.py`, with fewer experts."""
-    cluster = aot.cluster(topology)
-    moe = cases.moe_config(
+    return studies.study_layer(
+        topology,
+        cases.layout("expert", chunks=chunks),
+        tokens=TOKENS,
+        experts=4,
         model_dim=M,
         hidden_dim=H,
-        num_experts=E,
-        top_k=K,
-        group_size=TOKENS,
-        capacity_factor=1.0,
-        capacity_rule="ceil",
-        activation="gelu",
-    )
-    card = load_model("gpt2_moe")
-    train = dataclasses.replace(card.train, batch_size=DEVICES, seq_len=TOKENS, dtype="bfloat16")
-    model = dataclasses.replace(
-        card, model_dim=M, max_positions=TOKENS, bias=False, moe=moe, train=train
-    )
-    layout = cases.layout("expert", chunks=chunks)
-    mesh = layout.mesh(cluster.devices)
-    lowered = lower_layer(
-        model,
-        layout.on(mesh),
-        cluster.lowering,
         gradients=gradients,
-        weights_dtype=jnp.bfloat16,
+        option=option,
     )
-    return of_lowered(lowered, cluster, mesh, options=None if option else {})
 
 
 def exchanges(found: Report) -> list[Collective]:

@@ -410,7 +410,12 @@ def test_a_step_counts_them_by_layer():
         (
             "expert_model",
             {"expert_in": "E/expert M/model H"},
-            r"M must be whole .*got M/model; add",
+            r"M must be whole .*got M/model; write M",
+        ),
+        (
+            "expert_data",
+            {"expert_in": "E/expert M/data H"},
+            r"M must be whole .*got M/data; add 'data' to layout.gather",
         ),
         ("expert_model", {"expert_in_bias": "E/expert H"}, r"H must be split as expert_in_bias's"),
         ("expert_model", {"rows": "R/expert M/model"}, r"rows: .* M must be whole; got M/model"),
@@ -425,9 +430,19 @@ def test_a_step_counts_them_by_layer():
 def test_a_layout_is_refused_with_what_to_change(card: str, roles: dict[str, str], message: str):
     layout = ragged(card, roles=roles)
     with pytest.raises(LayoutError, match=message):
-        layout.check_exchange(("expert_in", "expert_out"))
+        layout.check_exchange(("expert_in", "expert_out", "expert_in_bias", "expert_out_bias"))
     with pytest.raises(LayoutError, match=message):
-        layout.check(cases.model_config(cases.moe_config()))
+        layout.check(cases.model_config(cases.moe_config(bias=True)))
+
+
+@pytest.mark.parametrize(
+    "roles", [{"expert_in_bias": "E/expert H"}, {"expert_out_bias": "E/expert M/model"}]
+)
+def test_weights_that_are_not_there_are_not_asked_about(roles: dict[str, str]):
+    layout = ragged("expert_model", roles=roles)
+    layout.check(cases.model_config(cases.moe_config()))
+    with pytest.raises(LayoutError, match=f"must be .*{[*roles][0]}|{[*roles][0]}: .*must be"):
+        layout.check(cases.model_config(cases.moe_config(bias=True)))
 
 
 def test_experts_that_do_not_divide_are_refused():

@@ -257,6 +257,20 @@ def test_in_the_callers_mesh_and_inside_shard_map(kind: AxisType):
     check_close(got, alone)
 
 
+def test_what_must_divide_is_asked_of_the_mesh_that_is_set():
+    """12 divides by four of the devices, and not by all eight, which the card would take."""
+    config = cases.moe_config(model_dim=12)
+    weights = MoE(config, rngs=nnx.Rngs(0)).weights
+    x_BLM = jax.random.normal(jax.random.key(1), (8, 8, 12))
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    layout = ragged("fsdp")
+    with jax.set_mesh(mesh):
+        y_BLM = jax.jit(lambda w, x: moe(w, x, config, layout=layout).y_BLM)(weights, x_BLM)
+    np.testing.assert_allclose(y_BLM, moe(weights, x_BLM, config).y_BLM, rtol=0, atol=1e-5)
+    with pytest.raises(LayoutError, match="expert_in: M must divide .*got M=12, fsdp=8"):
+        moe(weights, x_BLM, config, layout=layout)
+
+
 @pytest.mark.parametrize("card", ["data", "fsdp", "expert_model"])
 def test_no_token_travels(card: str):
     """Only weights are gathered, and what tensor parallelism sums."""

@@ -122,10 +122,11 @@ def _print_fetches(console: Console, layout: Layout, fetches: list[traffic.Fetch
     """Prints, of each kind of layer, what every fetch would send; nothing without such layers."""
     if not fetches:
         return
-    levels, weight = layout.config.exchange.levels, layout.config.exchange.link_ratio
+    exchange = layout.config.exchange
+    levels = exchange.levels
     title = "Tokens or weights: what a device sends over the expert axes, in a step of one layer"
-    if levels:
-        title += f"; a byte over {levels[0]} weighs {weight:g}"
+    if levels and exchange.fetch == "auto":
+        title += f"; a byte over {levels[0]} weighs {exchange.link_ratio:g}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("layers", "R"):
         table.add_column(name)

@@ -102,7 +102,7 @@ def part_of(
     """
     stored = tuple((ROLES[name], weight.shape) for name, weight in weights.held().items())
     for role, shape in stored:
-        layout.shape_per_device(role, shape)  # or says what does not divide
+        layout.require_divisible(role, shape)
     num_groups, num_experts, capacity = slots.token_GEC.shape
     sizes = Sizes(
         (num_experts, num_groups, capacity, x_GSM.shape[-1]),

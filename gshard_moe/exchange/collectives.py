@@ -28,7 +28,8 @@ def collectives(
 
     Args:
       layout: on a mesh.
-      shapes: of the roles `groups`, `choices`, `slots` and `rows`, of all devices.
+      shapes: of the roles `groups`, `choices`, `slots` and `rows`, of all devices; these only
+        where they stay.
       itemsize: bytes of one element.
       config: of the layer.
       weights: role and shape of each tensor of expert weights.
@@ -64,8 +65,10 @@ def of_weight(
     """
     if layout.config.exchange.tokens == "all_to_all":
         return []  # of `collectives`
-    count = layout.config.exchange.chunks
-    if count == 1 or layout.config.compute.dispatch == "ragged":
+    count, compute = layout.config.exchange.chunks, layout.config.compute
+    if "ragged" in (layout.config.exchange.tokens, compute.dispatch):
+        return _third_gather(whole) if compute.computes_again else list(whole)
+    if count == 1:
         return list(whole)
     parts = math.prod(layout.axis_sizes[axis] for axis in layout.axes_of("slots_wire", "E"))
     where = chunks.cut(
@@ -80,3 +83,17 @@ def of_weight(
     # By capacity they are gathered once, and each chunk's gradient is summed by itself.
     sums = [c for c in whole if c.kind in ("all-reduce", "reduce-scatter")]
     return [c for c in whole if c not in sums] + traffic.times(sums, count)
+
+
+def _third_gather(whole: Sequence[Collective]) -> list[Collective]:
+    """Returns what rows send of a matrix in a block that is computed again.
+
+    Inside `shard_map` the forward that is computed again and its backward gather each for
+    themselves. A bias is gathered once by both.
+    """
+    return [
+        c._replace(count=c.count * 3 // 2, bytes=c.bytes * 3 // 2)
+        if c.kind == "all-gather" and not c.role.endswith("_bias")
+        else c
+        for c in whole
+    ]

@@ -8,7 +8,6 @@ A rows of a device, sorted by expert; e experts, h hidden and m model width of a
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +30,12 @@ class Experts:
       width: those of them that M is split over too, before and after; it is whole in between.
       gather: of each role of a weight, the dims to gather for its use, with their axes.
       backend: of the grouped matmul.
-      again: the block is computed again in its backward, and so keeps nothing.
     """
 
     hidden: tuple[str, ...]
     width: tuple[str, ...]
     gather: dict[str, tuple[tuple[int, tuple[str, ...]], ...]]
     backend: configs.GroupedMatmulBackend
-    again: bool
 
     @classmethod
     def of(cls, layout: Layout | None, *, travel: bool) -> "Experts":
@@ -50,22 +47,16 @@ class Experts:
         """
         if layout is None:
             none = {role: () for role in ROLES.values()}
-            backend = experts.choose_backend("auto", layouts.platform_of(None))
-            return cls((), (), none, backend, again=False)
+            return cls((), (), none, experts.choose_backend("auto", layouts.platform_of(None)))
         free = functools.partial(on_devices.free_of, layout)
         gather = {role: layout.gathered(role, free(layout.axes)) for role in ROLES.values()}
-        compute = layout.config.compute
+        asked = layout.config.compute.grouped_matmul
         return cls(
             tuple(free(layout.axes_of("rows_hidden", "H"))),
             tuple(free(layout.axes_of("slots_wire", "M"))) if travel else (),
             gather,
-            experts.choose_backend(compute.grouped_matmul, layouts.platform_of(layout)),
-            compute.computes_again,
+            experts.choose_backend(asked, layouts.platform_of(layout)),
         )
-
-    def not_kept(self, f: Callable) -> Callable:
-        """Gathers what `f` gathers again in its backward: see `experts.linear`."""
-        return f if self.again else jax.checkpoint(f)
 
     @property
     def room(self) -> int:
@@ -124,7 +115,8 @@ def _by_loops(
     def network(own: dict[str, jax.Array], x_TM: jax.Array) -> jax.Array:
         return experts.of_one_expert(ExpertWeights(**own), x_TM, config)
 
-    @how.not_kept
+    # Gathered for this use and not kept: see `experts.linear`.
+    @jax.checkpoint
     def gathered(xs_AM: jax.Array, held: dict[str, jax.Array], count_e: jax.Array) -> jax.Array:
         own = {name: _gathered(w, ROLES[name], xs_AM, how) for name, w in held.items()}
         return experts.over_experts(network, own, xs_AM, count_e, room=how.room)
@@ -143,7 +135,8 @@ def _form(
     product = functools.partial(experts.grouped_matmul, backend=how.backend, room=how.room)
 
     def multiply(role: str, x_AX: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-        @how.not_kept
+        # Gathered for this use and not kept: see `experts.linear`.
+        @jax.checkpoint
         def gathered(x_AX: jax.Array, weights: tuple, count_e: jax.Array) -> list[jax.Array]:
             weights = tuple(_gathered(weight, role, x_AX, how) for weight in weights)
             # Marked once, so that the gradient is summed once for all of them.

@@ -68,8 +68,8 @@ def exchange(
     Returns:
       The weighted sum of each token's served experts.
     Raises:
-      LayoutError: if E or G does not divide by its axes, or a caller's `shard_map` has taken an
-        axis of E.
+      LayoutError: if a dim of a weight does not divide by its axes, or a caller's `shard_map` has
+        taken an axis of E.
     """
     axes, held = expert_axes(layout), weights.held()
     emulated = layouts.platform_of(layout) == "cpu"
@@ -78,7 +78,7 @@ def exchange(
     if layout is not None:
         _refuse_taken(layout, axes)
         for name, weight in held.items():
-            layout.shape_per_device(ROLES[name], weight.shape)  # or says what does not divide
+            layout.require_divisible(ROLES[name], weight.shape)
         spec_of_weights = {name: layout.spec(ROLES[name]) for name in held}
     groups = on_devices.axes_of(layout, "groups", "G")
     tokens = P(groups, None, here.experts.width or None)

@@ -25,14 +25,14 @@ def collectives(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
     """Returns all of it, for tokens and then for weights."""
     return (
         of_tokens(part, sizes)
-        + of_slices(part, sizes)
+        + _of_slices(part, sizes)
         + of_weights(layout, part, sizes)
-        + of_storage(layout, part, sizes)
+        + _of_storage(layout, part, sizes)
     )
 
 
 def of_tokens(part: Part, sizes: Sizes) -> list[Collective]:
-    """Returns what crosses between the A groups: tokens, gates and keys."""
+    """Returns what crosses between the A groups (on two levels: in a node too): all with slots."""
     if part.on_two_levels:
         return levels.of_tokens(part, sizes)
     slots = slots_of(part, sizes)
@@ -90,7 +90,7 @@ def _passes(role: str, recomputed: bool) -> int:
     return 1 + (role != "expert_in_bias" or recomputed)
 
 
-def of_slices(part: Part, sizes: Sizes) -> list[Collective]:
+def _of_slices(part: Part, sizes: Sizes) -> list[Collective]:
     """Returns what experts whose hidden dim is split send: their tokens' width, and their sums."""
     slots = slots_of(part, sizes)
     held = slots * sizes.shape_EGCM[-1] * sizes.itemsize
@@ -106,7 +106,7 @@ def of_slices(part: Part, sizes: Sizes) -> list[Collective]:
     return there + cut(again, part.ring * backward_pieces(part, sizes)) + gates
 
 
-def of_storage(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
+def _of_storage(layout: Layout, part: Part, sizes: Sizes) -> list[Collective]:
     """Returns the gathers of weights from where they are stored, and the sums of gradients there.
 
     The gathers of a recomputed forward are those of its backward: the compiler takes one for both.

@@ -275,6 +275,19 @@ class Layout:
         self._require_divisible(role, shape, spec, self.axis_sizes)
         return NamedSharding(self.mesh(), spec).shard_shape(tuple(shape))
 
+    def require_divisible(self, role: str, shape: Sequence[int]) -> None:
+        """Refuses a shape, as it is here, that its axes do not divide.
+
+        Here: on the mesh that is set, and without the axes that a caller's `shard_map` has taken.
+
+        Raises:
+          LayoutError: if a dim does not divide by its axes.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        mesh = self.mesh() if mesh.empty else mesh
+        spec = free_spec(mesh, self.spec(role, ndim=len(shape)))
+        self._require_divisible(role, shape, spec, dict(mesh.shape))
+
     def bytes_per_device(
         self, role: str, shape: Sequence[int], dtype: DTypeLike, stage: Stage = "stored"
     ) -> int:
@@ -358,12 +371,12 @@ class Layout:
             return tuple(axis for axis in self.axes_of(role, letter, stage) if mesh[axis] > 1)
 
         found = levels.faults(self.config, self.axes_of("slots_wire", "E"), mesh)
+        ours = [role for role in weights if role.startswith("expert_")]
         if exchange.tokens == "ragged":
-            return found + ragged.exchange_faults(axes_of)
+            return found + ragged.exchange_faults(axes_of, ours)
         if self.config.compute.dispatch == "ragged":
-            return found + ragged.faults(axes_of)
+            return found + ragged.faults(axes_of, ours)
         if exchange.tokens == "all_to_all":
-            ours = [role for role in weights if role.startswith("expert_")]
             return found + by_hand.faults(axes_of, ours, exchange, mesh)
         return found
 

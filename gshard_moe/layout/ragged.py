@@ -1,23 +1,27 @@
 """What rows (the dispatch `ragged`) ask of a layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from gshard_moe.layout.notation import shown
 
 # The axes of more than one device that a dim of a role is split over, where it is used.
 AxesOf = Callable[[str, str], tuple[str, ...]]
 
-_WEIGHTS = ("expert_in", "expert_out", "expert_in_bias", "expert_out_bias")
+_MATRICES = "expert_in", "expert_out"
 
 
-def faults(axes_of: AxesOf) -> list[str]:
+def faults(axes_of: AxesOf, weights: Iterable[str]) -> list[str]:
     """Returns why rows cannot be computed where their tokens are, each message with its key.
 
     Each device sorts its own tokens by expert, so it must have every expert (stored anywhere, if it
     is gathered for its use); an expert's hidden dim alone may be split.
+
+    Args:
+      axes_of: of the layout.
+      weights: the roles of the expert weights that there are.
     """
-    found = _Faults('compute.dispatch = "ragged"')
-    for role in _WEIGHTS:
+    found = _Faults('compute.dispatch = "ragged"', weights)
+    for role in found.weights:
         split = axes_of(role, "E")
         found.require(
             role,
@@ -31,14 +35,18 @@ def faults(axes_of: AxesOf) -> list[str]:
     return found.messages
 
 
-def exchange_faults(axes_of: AxesOf) -> list[str]:
+def exchange_faults(axes_of: AxesOf, weights: Iterable[str]) -> list[str]:
     """Returns why rows cannot travel to their experts, each message with its key.
 
     Every device has tokens of its own and experts of its own, whole or split in their hidden dim.
+
+    Args:
+      axes_of: of the layout.
+      weights: the roles of the expert weights that there are.
     """
-    found = _Faults('exchange.tokens = "ragged"')
+    found = _Faults('exchange.tokens = "ragged"', weights)
     experts, groups = axes_of("expert_in", "E"), axes_of("groups", "G")
-    for role in _WEIGHTS:
+    for role in found.weights:
         split = axes_of(role, "E")
         found.require(
             role,
@@ -66,10 +74,11 @@ def exchange_faults(axes_of: AxesOf) -> list[str]:
 
 
 class _Faults:
-    """Messages, each with its key and the choice that asks for it."""
+    """Messages, each with its key and the choice that asks for it, about weights that there are."""
 
-    def __init__(self, choice: str):
+    def __init__(self, choice: str, weights: Iterable[str]):
         self.choice = choice
+        self.weights = tuple(dict.fromkeys((*_MATRICES, *weights)))
         self.messages: list[str] = []
 
     def require(self, key: str, holds: bool, message: str) -> None:
@@ -78,21 +87,22 @@ class _Faults:
 
 
 def _whole_width(found: _Faults, axes_of: AxesOf) -> None:
-    for role in ("expert_in", "expert_out", "expert_out_bias"):
-        split = axes_of(role, "M")
+    hidden = axes_of("rows_hidden", "H")
+    for role in found.weights:
+        split = axes_of(role, "M") if role != "expert_in_bias" else ()
+        change = f"add {', '.join(map(repr, split))} to layout.gather"
+        if set(split) & set(hidden):  # which cannot be gathered
+            change = "write M"
         found.require(
-            role,
-            not split,
-            f"M must be whole where it is used; got {shown('M', split)}; add "
-            f"{', '.join(map(repr, split))} to layout.gather",
+            role, not split, f"M must be whole where it is used; got {shown('M', split)}; {change}"
         )
 
 
 def _hidden_and_rows(found: _Faults, axes_of: AxesOf) -> None:
     """Requires one split of the hidden dim, and the rows to be split as the groups, and no more."""
     hidden = axes_of("rows_hidden", "H")
-    for role in ("expert_in", "expert_out", "expert_in_bias"):
-        split = axes_of(role, "H")
+    for role in found.weights:
+        split = axes_of(role, "H") if role != "expert_out_bias" else hidden
         found.require(
             "rows_hidden",
             split == hidden,

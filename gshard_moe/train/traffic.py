@@ -52,7 +52,8 @@ def collectives(model: configs.ModelConfig, layout: Layout) -> list[Collective]:
         if model.moe is not None and moe:
             passes += exchange.collectives(
                 layout,
-                {role: _shape(role, sizes) for role in ("groups", "choices", "slots", "rows")},
+                {role: _shape(role, sizes) for role in ("groups", "slots", "rows")}
+                | {"choices": _choices(model.moe, sizes)},
                 itemsize,
                 config=model.moe,
                 weights=expert_weights(model.moe),
@@ -87,7 +88,7 @@ def fetches(model: configs.ModelConfig, layout: Layout) -> list[Fetch]:
     sizes = letter_sizes(model)
     exchanged = Sizes(
         _shape("slots", sizes),
-        _shape("choices", sizes),
+        _choices(moe, sizes),
         expert_weights(moe),
         _itemsize(model),
         dropout=moe.expert_dropout > 0,
@@ -187,6 +188,12 @@ def _itemsize(model: configs.ModelConfig) -> int:
 
 def _held(layout: Layout, role: str, sizes: dict[str, int], itemsize: int) -> int:
     return held_bytes(layout, role, _shape(role, sizes), itemsize)
+
+
+def _choices(moe: configs.MoEConfig, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Returns the shape of a routing: with rounds of rerouting, or of all experts' choices."""
+    most = moe.num_experts if moe.router == "expert_choice" else moe.num_choices
+    return (*_shape("choices", sizes)[:2], most)
 
 
 def _shape(role: str, sizes: dict[str, int]) -> tuple[int, ...]:
