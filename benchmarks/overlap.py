@@ -32,8 +32,8 @@ import tyro
 
 from gshard_moe import Layout, ModelConfig, MoEConfig, aot, load_model
 from gshard_moe.timeline import draw
-from gshard_moe.train.lowered import lower_layer, useful_flops
-from gshard_moe.train.study import Study, of_lowered, study
+from gshard_moe.train.lowered import useful_flops
+from gshard_moe.train.study import Study, of_layer, study
 
 NAME = "overlap"
 PICTURE = report.ROOT / "docs" / "timeline.png"
@@ -95,17 +95,15 @@ def layer_rows() -> list[dict[str, Any]]:
     for gradients in (False, True):
         ways: list[tuple[str, dict[str, Any] | None]] = [(member, None) for member in MEMBERS]
         for member, options in [("all_to_all, 4 chunks", {}), *ways]:
-            layout = layout_of("expert", member)
-            mesh = layout.mesh(cluster.devices)
-            lowered = lower_layer(
+            found = of_layer(
                 model,
-                layout.on(mesh),
-                cluster.lowering,
+                layout_of("expert", member),
+                cluster,
                 gradients=gradients,
                 weights_dtype=jnp.bfloat16,
+                flops=useful_flops("layer", model) / (1 if gradients else 3),
+                options=options,
             )
-            flops = useful_flops("layer", model) / (1 if gradients else 3)
-            found = of_lowered(lowered, cluster, mesh, flops=flops, options=options)
             way = "with gradients" if gradients else "forward"
             asynchronous = "on" if options is None else "off"
             name = f"layer, {way}, {member}, options {asynchronous}"

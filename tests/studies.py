@@ -6,8 +6,7 @@ import cases
 import jax.numpy as jnp
 
 from gshard_moe import Layout, aot, load_model
-from gshard_moe.train.lowered import lower_layer
-from gshard_moe.train.study import Study, of_lowered
+from gshard_moe.train.study import Study, of_layer
 
 
 def study_layer(
@@ -50,12 +49,11 @@ def study_layer(
     model = dataclasses.replace(
         card, model_dim=model_dim, max_positions=tokens, bias=False, moe=moe, train=train
     )
-    mesh = layout.mesh(cluster.devices)
-    lowered = lower_layer(
+    return of_layer(
         model,
-        layout.on(mesh),
-        cluster.lowering,
+        layout,
+        cluster,
         gradients=gradients,
         weights_dtype=jnp.bfloat16,
+        options=None if option else {},
     )
-    return of_lowered(lowered, cluster, mesh, options=None if option else {})

@@ -215,7 +215,10 @@ class ExchangeConfig(Checked):
         faults.require(
             "link_ratio",
             ("fetch", "levels", "link_ratio"),
-            lambda: self.link_ratio == 9.0 or (self.fetch == "auto" and self.levels != ()),
+            lambda: (
+                self.link_ratio == type(self).link_ratio
+                or (self.fetch == "auto" and self.levels != ())
+            ),
             'must be left out but with fetch = "auto" and levels: nothing else weighs links',
         )
         faults.require(

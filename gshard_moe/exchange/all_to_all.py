@@ -414,9 +414,7 @@ class Layer:
     def _form(self, key: jax.Array | None) -> experts.Form:
         """Returns the form of slots [A, e, g, c, ...]; the hidden dim may be a part of it."""
         hidden = self.part.hidden
-        parts, at = 1, 0
-        if hidden:
-            parts, at = jax.lax.axis_size(hidden), jax.lax.axis_index(hidden)
+        parts, at = on_devices.parts_and_place(hidden)
 
         def multiply(role: str, x: jax.Array, *weights_EXY: jax.Array) -> list[jax.Array]:
             return [_product(x, weight_EXY) for weight_EXY in weights_EXY]

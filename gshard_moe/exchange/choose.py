@@ -10,7 +10,7 @@ Source: Janus, doi 10.1145/3603269.3604869 (the ratio R); HybridEP, arXiv 2510.1
 (what is between its two ends, and what is free).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gshard_moe.exchange import transfers
@@ -136,9 +136,8 @@ def _ratio(stay: Row, travel: Row) -> float:
     return stay.tokens / travel.weights if travel.weights else 0.0
 
 
-def _cost(sent: Iterable[Collective], part: Part, chip: Chip | None) -> float:
+def _cost(sent: Sequence[Collective], part: Part, chip: Chip | None) -> float:
     """Returns seconds, or bytes that are weighed."""
-    sent = list(sent)
     fast, slow = 1.0, part.config.link_ratio
     if chip is not None:
         fast, slow = (1 / (link.gb_per_s * 1e9) for link in (chip.link, chip.network))
@@ -146,10 +145,10 @@ def _cost(sent: Iterable[Collective], part: Part, chip: Chip | None) -> float:
     return slow * between + fast * (_bytes(sent) - between)
 
 
-def _between(sent: Iterable[Collective], part: Part) -> list[Collective]:
+def _between(sent: Sequence[Collective], part: Part) -> list[Collective]:
     """Returns what goes between nodes."""
     return [one for one in sent if set(part.config.levels[:1]) & set(one.link.split("/"))]
 
 
-def _bytes(sent: Iterable[Collective]) -> int:
+def _bytes(sent: Sequence[Collective]) -> int:
     return sum(one.bytes for one in sent)

@@ -151,9 +151,7 @@ def _form(
     def drop(h_Ah: jax.Array) -> jax.Array:
         """Drops hidden units; of a split hidden dim each device draws all, and takes its own."""
         assert key_A is not None
-        parts, at = 1, 0
-        if how.hidden:
-            parts, at = jax.lax.axis_size(how.hidden), jax.lax.axis_index(how.hidden)
+        parts, at = on_devices.parts_and_place(how.hidden)
         return experts.dropped(h_Ah, key_A, config.expert_dropout, parts=parts, at=at)
 
     return experts.Form(multiply, bias, lambda h_Ah: h_Ah, None if key_A is None else drop)
@@ -201,6 +199,6 @@ def _summed(y_AM: jax.Array, how: Experts) -> jax.Array:
 
 
 def _own_part(x_AX: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    size = x_AX.shape[1] // jax.lax.axis_size(axes)
-    at = jax.lax.axis_index(axes) * size
-    return jax.lax.dynamic_slice_in_dim(x_AX, at, size, axis=1)
+    parts, at = on_devices.parts_and_place(axes)
+    size = x_AX.shape[1] // parts
+    return jax.lax.dynamic_slice_in_dim(x_AX, at * size, size, axis=1)

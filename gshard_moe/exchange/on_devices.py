@@ -76,6 +76,13 @@ def free_of(layout: Layout | None, axes: Sequence[str]) -> list[str]:
     return [axis for axis in axes if axis in free]
 
 
+def parts_and_place(axes: Sequence[str]) -> tuple[int, jax.Array | int]:
+    """Returns, inside `shard_map`, into how many parts `axes` split a dim, and which is here."""
+    if not axes:
+        return 1, 0
+    return jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+
+
 def summed(y_RX: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Adds up, inside `shard_map`, the parts of a product over a dim that is split over `axes`."""
     return jax.lax.psum(y_RX, axes) if axes else y_RX

@@ -34,12 +34,10 @@ from gshard_moe.exchange import local_experts, on_devices
 from gshard_moe.exchange import ragged_all_to_all as ways
 from gshard_moe.exchange.local_experts import Experts
 from gshard_moe.exchange.ragged_all_to_all import Route, ragged_all_to_all
+from gshard_moe.exchange.sizes import KEY
 from gshard_moe.experts import ROLES, ExpertWeights
 from gshard_moe.layout import Layout, LayoutError, traffic
 from gshard_moe.layout.traffic import Collective
-
-# Of one key of JAX's default random numbers.
-_KEY_BYTES = 8
 
 
 def exchange(
@@ -341,7 +339,7 @@ def collectives(
     told = one("all-to-all", axes, 4 * (num_experts + parts), "rows")
     told += one("all-to-all", axes, 4 * parts, "rows")
     way = one("ragged-all-to-all", axes, sent * width // of_width * itemsize, "rows")
-    keys = one("ragged-all-to-all", axes, sent * _KEY_BYTES, "rows") if dropout else []
+    keys = one("ragged-all-to-all", axes, sent * KEY, "rows") if dropout else []
     summed = [axis for axis in how.hidden if axis not in how.width]
     buffer = received * width * itemsize
     partial = one("all-gather", how.width, buffer, "rows")

@@ -9,11 +9,13 @@ import pathlib
 import tempfile
 from typing import Any, NamedTuple
 
+from jax.typing import DTypeLike
+
 from gshard_moe import aot, timeline
 from gshard_moe import config as configs
 from gshard_moe.layout import Layout
 from gshard_moe.timeline.machine import MODELS, LinkModel
-from gshard_moe.train.lowered import What, lower, useful_flops
+from gshard_moe.train.lowered import What, lower, lower_layer, useful_flops
 
 
 class Study(NamedTuple):
@@ -87,6 +89,28 @@ def study(
     program = lower(what, model, layout, cluster.lowering)
     found = of_lowered(program, cluster, mesh, flops=useful_flops(what, model), dump=dump)
     return found._replace(changes=_changes(what, model, layout, found.compiled.memory))
+
+
+def of_layer(
+    model: configs.ModelConfig,
+    layout: Layout,
+    cluster: aot.Cluster,
+    *,
+    gradients: bool,
+    weights_dtype: DTypeLike,
+    flops: float = 0.0,
+    options: dict[str, Any] | None = None,
+) -> Study:
+    """Compiles and replays one MoE layer (arguments: `lowered.lower_layer`, `of_lowered`)."""
+    mesh = layout.mesh(cluster.devices)
+    program = lower_layer(
+        model,
+        layout.on(mesh),
+        cluster.lowering,
+        gradients=gradients,
+        weights_dtype=weights_dtype,
+    )
+    return of_lowered(program, cluster, mesh, flops=flops, options=options)
 
 
 def of_lowered(
