@@ -82,6 +82,21 @@ def test_a_link_does_one_thing_at_a_time_and_two_links_do_two():
     assert step_s("dcn") == 6.0
 
 
+def test_waiting_behind_another_links_collective_exposes_it_once():
+    """One, x, has links x and y for 4 s, y waits behind it, z behind y: after 1 s the core waits 6.
+
+    Meanwhile w, of 9 s, is under way elsewhere: only at the end is it waited for.
+    """
+    x, y = exchange("x", 4.0, "ici:xy"), exchange("y", 2.0, "ici:yz")
+    z, w = exchange("z", 1.0, "ici:z"), exchange("w", 9.0, "dcn")
+    steps = start(w), start(x), start(y), start(z), run(compute("c", 1.0))
+    waits = wait(z, 3), wait(y, 2), wait(x, 1), wait(w, 0)
+    found = report(Program(steps + waits))
+    assert (found.step_s, found.compute_s, found.exposed_s) == (9.0, 1.0, 8.0)
+    exposed = {one.name: one.exposed for one in found.collectives}
+    assert exposed == {"w": 2.0, "x": 3.0, "y": 2.0, "z": 1.0}
+
+
 def test_a_copy_beside_the_core_is_no_communication():
     copied = Operation("copy", "hbm", 4.0, "copy")
     program = Program((start(copied), run(compute("c", 1.0)), wait(copied, 0)))

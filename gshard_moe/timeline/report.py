@@ -3,6 +3,7 @@
 import bisect
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -23,8 +24,8 @@ class Collective:
       count: how often it runs.
       sent: bytes that a device sends, all runs together.
       seconds: on the link, all runs together.
-      exposed, hidden: of these seconds: while the core stood still for it, or for one after it on
-        its link, and the rest.
+      exposed, hidden: of these seconds: while the core stood still for it, or for one that waited
+        behind it for a link, and the rest.
       hidden_by: seconds of the core's work beside it, by the scope of that work, longest first.
     """
 
@@ -91,8 +92,9 @@ def summary(
       critical_path_s: the longest chain of operations that need each other; 0 if it is not known.
     """
     flights = [i for i in intervals if i.operation.role == "collective" and i.what != "stall"]
-    core = _Core(intervals)
-    collectives = _merged(_collective(flight, core) for flight in flights)
+    core = _InTime(i for i in intervals if i.what == "compute")
+    exposed = _exposed(flights, intervals)
+    collectives = _merged(map(functools.partial(_collective, core=core), flights, exposed))
     busy: dict[str, float] = collections.defaultdict(float)
     guessed = 0.0
     for interval in intervals:
@@ -103,13 +105,13 @@ def summary(
     bounds = dict(busy) | {"critical path": critical_path_s}
     bound_by = max(bounds, key=lambda name: bounds[name], default="")
     comm = sum((collective.seconds for collective in collectives), 0.0)
-    exposed = sum((collective.exposed for collective in collectives), 0.0)
+    stood_still = sum((collective.exposed for collective in collectives), 0.0)
     return Report(
         step_s=step_s,
         compute_s=busy[COMPUTE],
         comm_s=comm,
-        exposed_s=exposed,
-        hidden_share=1 - exposed / comm if comm else 1.0,
+        exposed_s=stood_still,
+        hidden_share=1 - stood_still / comm if comm else 1.0,
         serial_s=serial_s,
         lower_bound_s=bounds[bound_by],
         bound_by=bound_by,
@@ -118,13 +120,11 @@ def summary(
     )
 
 
-class _Core:
-    """What the core did, to be asked what of it was between two times."""
+class _InTime:
+    """Intervals, to be asked which of them are between two times."""
 
     def __init__(self, intervals: Iterable[Interval]):
-        self._intervals = sorted(
-            (i for i in intervals if i.what != "flight"), key=lambda interval: interval.begin
-        )
+        self._intervals = sorted(intervals, key=lambda interval: interval.begin)
         self._begins = [interval.begin for interval in self._intervals]
         # What ended at the latest so far: it only grows, also where intervals overlap.
         ends = (interval.end for interval in self._intervals)
@@ -136,20 +136,45 @@ class _Core:
         return self._intervals[first:last]
 
 
-def _collective(flight: Interval, core: _Core) -> Collective:
+def _exposed(flights: Sequence[Interval], intervals: Iterable[Interval]) -> list[float]:
+    """Returns the seconds, once, that the core stood still for each flight of a collective.
+
+    A second of waiting counts for one flight: of the collective that is waited for, or, while that
+    is not yet under way, of what it waits behind.
+    """
+    seconds: dict[int, float] = collections.defaultdict(float)
+    under_way = _InTime(flights)
+    for stall in intervals:
+        if stall.what != "stall" or stall.operation.role != "collective":
+            continue
+        beside = [f for f in under_way.between(stall.begin, stall.end) if f.end > stall.begin]
+        edges = {stall.begin, stall.end}.union(*((f.begin, f.end) for f in beside))
+        inside = sorted(edge for edge in edges if stall.begin <= edge <= stall.end)
+        for begin, end in itertools.pairwise(inside):
+            then = [f for f in beside if f.begin <= begin and end <= f.end]
+            if then:
+                held_up = max(then, key=functools.partial(_nearness, stall.operation))
+                seconds[id(held_up)] += end - begin
+    # At most all of it: they are sums of rounded numbers.
+    return [min(seconds[id(flight)], flight.seconds) for flight in flights]
+
+
+def _nearness(waited_for: Operation, flight: Interval) -> tuple[bool, bool, bool, float]:
+    """Orders flights by how surely the core waits for them: itself, its links, links like it."""
+    one = flight.operation
+    share = not set(one.units).isdisjoint(waited_for.units)
+    alike = one.resource.partition(":")[0] == waited_for.resource.partition(":")[0]
+    return one is waited_for, share, alike, flight.end
+
+
+def _collective(flight: Interval, exposed: float, *, core: _InTime) -> Collective:
     """Says of one interval of a collective what the core did meanwhile."""
-    exposed, beside = 0.0, collections.defaultdict(float)
+    beside = collections.defaultdict(float)
     for other in core.between(flight.begin, flight.end):
         begin, end = max(flight.begin, other.begin), min(flight.end, other.end)
-        if begin >= end:
-            continue
-        if other.what == "stall" and _holds_up(flight.operation, other.operation):
-            exposed += (end - begin) * flight.times
-        elif other.what == "compute":
+        if begin < end:
             beside[other.operation.scope or other.operation.name] += (end - begin) * flight.times
     operation, times = flight.operation, flight.times
-    seconds = flight.seconds * times
-    exposed = min(exposed, seconds)  # sums of rounded numbers
     return Collective(
         name=operation.name,
         kind=operation.kind,
@@ -157,19 +182,11 @@ def _collective(flight: Interval, core: _Core) -> Collective:
         scope=operation.scope,
         count=times,
         sent=operation.sent * times,
-        seconds=seconds,
-        exposed=exposed,
-        hidden=seconds - exposed,
+        seconds=flight.seconds * times,
+        exposed=exposed * times,
+        hidden=(flight.seconds - exposed) * times,
         hidden_by=_longest_first(beside),
     )
-
-
-def _holds_up(one: Operation, waited_for: Operation) -> bool:
-    """Whether the core waits for a collective: for itself, or for what comes after it.
-
-    What is in flight elsewhere meanwhile is not waited for: a second is exposed once.
-    """
-    return waited_for.role == "collective" and one.resource == waited_for.resource
 
 
 def _merged(found: Iterable[Collective]) -> list[Collective]:
