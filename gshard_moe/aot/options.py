@@ -43,13 +43,19 @@ _ON_SPARSE_CORES = tuple(
     )
     for kind in ("all_gather", "reduce_scatter", "all_reduce")
 )
+_GATHERS_EARLIER = Option(
+    "xla_tpu_sparse_core_all_gather_latency_multiplier",
+    "4",
+    "the scheduler thinks a gather on the sparse cores shorter than its links allow, and sends too"
+    " late; 8, or as much for reduce-scatters, delays what travels beside them",
+)
 # By generation of the chip. A GPU's latency-hiding scheduler and asynchronous collectives are on
 # by default.
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "v4": (_ASYNC_ALL_TO_ALL,),
     "v5e": (_ASYNC_ALL_TO_ALL,),  # refused above 16 chips
-    "v5p": (_ASYNC_ALL_TO_ALL, *_ON_SPARSE_CORES),
-    "v6e": (_ASYNC_ALL_TO_ALL, *_ON_SPARSE_CORES),
+    "v5p": (_ASYNC_ALL_TO_ALL, *_ON_SPARSE_CORES, _GATHERS_EARLIER),
+    "v6e": (_ASYNC_ALL_TO_ALL, *_ON_SPARSE_CORES, _GATHERS_EARLIER),
     "tpu7x": (_ASYNC_ALL_TO_ALL,),
     "h100": (),
     "h200": (),

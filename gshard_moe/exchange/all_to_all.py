@@ -329,7 +329,8 @@ class Layer:
             turns = _Turns(part)
             arriving = _ahead(turns.go, block(dys))
             if self.again:
-                found = self._again(turns, block(self._by_block(kept)), here)
+                (x,) = block(self._by_block(kept))
+                arriving, found = self._again(turns, next(arriving), x, here)
             else:
                 found = steps[step]
             out, dgates, dhere = [], [], []
@@ -345,7 +346,7 @@ class Layer:
             gate_blocks.put(step, _joined(where, dgates))
             mine = part.scattered(_joined_weights(where, dhere))
             total = jax.tree.map(jnp.add, part.handed_on(total), mine) if step else mine
-            total = ring.summed(total)
+            ring.summed(total)
         total = {name: w.astype(dys.dtype) for name, w in total.items()}
         if part.ring > 1:
             total = part.handed_on(total)  # home
@@ -354,11 +355,16 @@ class Layer:
         return blocks.whole(dys_EgCm.shape), dgates, dheld
 
     def _again(
-        self, turns: "_Turns", pieces: list[jax.Array], weights: Weights
-    ) -> Iterator[_Piece]:
-        """Yields what `forward` would have kept; called for after the gradients' first product."""
-        for x in _ahead(turns.go, pieces):
-            yield _Piece(x, self._products(x, weights))
+        self, turns: "_Turns", dy: jax.Array, x: jax.Array, weights: Weights
+    ) -> tuple[list[jax.Array], list[_Piece]]:
+        """Returns gradients that have arrived, and what `forward` would have kept of their slots.
+
+        The slots leave after that. Else the compiler may send them first, though they are there
+        only once the block has been computed again: behind that the gradients' way is hidden.
+        """
+        dy, x = jax.lax.optimization_barrier((dy, x))
+        x = turns.go(x)
+        return [dy], [_Piece(x, self._products(x, weights))]
 
     def _piece_back(
         self, piece: _Piece, dy: jax.Array, gate: jax.Array, key: jax.Array | None, weights: Weights
@@ -445,6 +451,7 @@ class _Ring:
         self._part = part
         self._coming = [own]
         self._left = part.ring - 1
+        self._sums: Weights = {}
 
     def next(self) -> Weights:
         """Returns this step's weights, and sends for more."""
@@ -461,11 +468,14 @@ class _Ring:
                 self._coming[-1], y = jax.lax.optimization_barrier((self._coming[-1], y))
         return y
 
-    def summed(self, total: Weights) -> Weights:
-        """Holds the next step's weights back until this step's sums of gradients can be sent."""
-        if self._coming and total:
-            self._coming[-1], total = jax.lax.optimization_barrier((self._coming[-1], total))
-        return total
+    def summed(self, total: Weights) -> None:
+        """Holds the next step's weights back until the sums of the step before can be sent.
+
+        Of this step they may wait: the products they are made of are something to hide behind.
+        """
+        if self._coming and self._sums:
+            self._coming[-1], _ = jax.lax.optimization_barrier((self._coming[-1], self._sums))
+        self._sums = total
 
 
 class _Turns:
