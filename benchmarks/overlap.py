@@ -12,7 +12,8 @@ no overlap makes the same operations faster.
 - mixtral: the whole step of `mixtral_8x7b` (32 layers, 4 x 2048 tokens a device, capacity 1.25,
   full remat, bfloat16, float32 AdamW) on 32 chips, fsdp 4 x expert 8, by every member.
 - qwen: of `qwen3_30b_a3b` on 64 v5p and 64 v6e, fsdp 16 x expert 4: on v5p no two axes share links.
-- lancet: of `gpt2_moe` (Lancet's) on 64 H200, eight hosts, fsdp 8 x expert 8.
+- lancet: of `gpt2_moe` (Lancet's) on 64 H200, eight hosts, experts inside a host, weights split
+  over hosts or whole on each.
 - scale: mixtral's on 2048 chips (fsdp 256), and `gshard_600b` on 2048 devices of v4.
 
     python benchmarks/overlap.py
@@ -130,20 +131,33 @@ def qwen_rows() -> list[dict[str, Any]]:
 
 
 def lancet_rows() -> list[dict[str, Any]]:
-    """Compiles Lancet's GPT-2 on eight hosts of eight GPUs, the experts inside a host."""
+    """Compiles Lancet's GPT-2 on eight hosts of eight GPUs."""
     members = [member for member in MEMBERS if "8 chunks" not in member]
-    return step_rows("gpt2_moe", "h200:8x8", "64 h200", "fsdp=8,expert=8", members)
+    return [
+        one
+        for card, axis, name in (
+            ("expert_fsdp", "fsdp", "64 h200, weights split over hosts"),
+            ("expert_data", "data", "64 h200, weights whole on each host"),
+        )
+        for one in step_rows("gpt2_moe", "h200:8x8", name, f"{axis}=8,expert=8", members, card=card)
+    ]
 
 
 def step_rows(
-    model: str, topology: str, name: str, mesh: str, members: list[str]
+    model: str,
+    topology: str,
+    name: str,
+    mesh: str,
+    members: list[str],
+    *,
+    card: str = "expert_fsdp",
 ) -> list[dict[str, Any]]:
     """Compiles a model's train step by each member."""
     cluster, config = aot.cluster(topology), load_model(model)
     train = dataclasses.replace(config.train, dtype="bfloat16")
     config, rows = dataclasses.replace(config, train=train), []
     for member in members:
-        layout = layout_of("expert_fsdp", member, mesh)
+        layout = layout_of(card, member, mesh)
         found = study("train-step", config, layout, cluster)
         rows.append(row(f"{model}, {name}, {member}", found))
     return rows
