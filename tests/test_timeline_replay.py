@@ -192,7 +192,8 @@ def plans(draw: st.DrawFn, depth: int = 1) -> list[tuple]:
         kind = draw(st.sampled_from(kinds))
         most = {"loop": 1, "branch": 2}.get(kind, 0)
         inner = [draw(plans(depth=depth - 1)) for _ in range(draw(st.integers(min(most, 1), most)))]
-        link, which = draw(st.sampled_from(["ici", "dcn"])), draw(st.integers(0, 3))
+        link = draw(st.sampled_from(["ici:x", "ici:xy", "ici:yz", "dcn"]))
+        which = draw(st.integers(0, 3))
         plan.append((kind, draw(SECONDS), link, tuple(needs), which, inner))
     return plan
 
@@ -232,7 +233,11 @@ def test_what_holds_of_every_program(plan: list[tuple]):
         assert one.exposed + one.hidden == one.seconds
         assert 0 <= one.exposed <= one.seconds
         assert sum(one.hidden_by.values()) <= one.hidden
+    waited = [i for i in replay(program).intervals if i.what == "stall"]
     assert found.exposed_s <= found.comm_s
+    assert found.exposed_s == sum(
+        i.seconds * i.times for i in waited if i.operation.role == "collective"
+    )
     assert found.exposed_s <= found.step_s - found.compute_s
     assert found.step_s <= found.compute_s + found.comm_s + sum(
         i.seconds * i.times for i in replay(program).intervals if i.operation.role == "copy"
