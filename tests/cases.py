@@ -1,7 +1,8 @@
 """Small configs, weights and layouts that several tests share."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,14 +100,16 @@ def params(config: ModelConfig) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def layout(card: str, *, mesh: MeshLike = None, chunks: int | None = None, **compute) -> Layout:
-    """A card's layout with other `[compute]`, on all devices; `single` is on the first."""
+def layout(
+    card: str, *, mesh: MeshLike = None, exchange: Mapping[str, Any] | None = None, **compute
+) -> Layout:
+    """A card's layout, other `[exchange]`, `[compute]`; on all devices, `single` on the first."""
     sharding = load_sharding(card)
-    exchange = sharding.exchange
-    if chunks is not None:
-        exchange = dataclasses.replace(exchange, chunks=chunks)
-    compute = dataclasses.replace(sharding.compute, **compute)
-    sharding = dataclasses.replace(sharding, compute=compute, exchange=exchange)
+    sharding = dataclasses.replace(
+        sharding,
+        compute=dataclasses.replace(sharding.compute, **compute),
+        exchange=dataclasses.replace(sharding.exchange, **(exchange or {})),
+    )
     if mesh is None and sharding.mesh.shape == (1,):
         mesh = Layout(sharding, source=card).mesh(jax.devices()[:1])
     return Layout(sharding, source=card, mesh=mesh)

@@ -18,9 +18,7 @@ TOLERANCE = 2e-5
 
 
 def by_hand(card: str, tokens: str = "all_to_all", **keys) -> Layout:
-    layout = cases.layout(card)
-    exchange = dataclasses.replace(layout.config.exchange, tokens=tokens, **keys)
-    return Layout(dataclasses.replace(layout.config, exchange=exchange), source=card)
+    return cases.layout(card, exchange={"tokens": tokens} | keys)
 
 
 def inputs(**changes):

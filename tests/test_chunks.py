@@ -138,7 +138,9 @@ def outcome(config, weights, x_BLM, dy_BLM, layout):
 def test_dropout_draws_the_same(card: str, mesh: str | None, num_chunks: int):
     """A hidden unit of a token in an expert is dropped or not, in whatever chunk it travels."""
     inputs = layer_inputs(expert_dropout=0.5)
-    whole, chunked = (cases.layout(card, mesh=mesh, chunks=count) for count in (1, num_chunks))
+    whole, chunked = (
+        cases.layout(card, mesh=mesh, exchange={"chunks": count}) for count in (1, num_chunks)
+    )
     outcomes = outcome(*inputs, whole), outcome(*inputs, chunked)
     for mine, expected in zip(*map(jax.tree.leaves, outcomes[::-1]), strict=True):
         np.testing.assert_allclose(mine, expected, atol=TOLERANCE, rtol=TOLERANCE)
@@ -157,7 +159,7 @@ def expert_gradients(layout, dtype) -> list[np.ndarray]:
 def test_gradients_of_bfloat16_tokens_are_summed_in_float32():
     """Chunks of the capacity: one group, so that a weight's gradient is a sum over all of them."""
     truth = expert_gradients(None, jnp.float32)
-    layouts = (cases.layout("single", chunks=count) for count in (1, 12))
+    layouts = (cases.layout("single", exchange={"chunks": count}) for count in (1, 12))
     whole, chunked = (expert_gradients(layout, jnp.bfloat16) for layout in layouts)
     for expected, one, many in zip(truth, whole, chunked, strict=True):
         size = np.linalg.norm(expected)
@@ -171,7 +173,7 @@ def test_the_sum_itself_is_in_float32():
     On a CPU the numbers above hardly tell the two apart.
     """
     config, weights, x_BLM, dy_BLM = layer_inputs(group_size=64)
-    layout = cases.layout("single", chunks=12)
+    layout = cases.layout("single", exchange={"chunks": 12})
     inputs = weights, x_BLM.astype(jnp.bfloat16), dy_BLM
     run = functools.partial(outcome, config, layout=layout)
     program = str(jax.make_jaxpr(lambda *inputs: run(*inputs))(*inputs))

@@ -9,7 +9,6 @@ Shares are of all bytes, those of the gates' small all-to-alls too. Of a layer a
 has nothing to hide its way out, nor the last one its way back: of four chunks forward 6 in 8.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +16,7 @@ import cases
 import pytest
 import studies
 
-from gshard_moe import Layout, aot
+from gshard_moe import aot
 from gshard_moe.timeline import Collective, Operation, Program
 from gshard_moe.timeline.machine import LinkModel
 from gshard_moe.train.study import Study
@@ -57,10 +56,10 @@ def layer(
 ) -> Study:
     """One layer: 4096 tokens a device and 4 experts, wide; or, of the ring, 32768 and 1, narrow."""
     num_devices = len(aot.cluster(topology).devices)
-    layout = cases.layout("expert", chunks=chunks)
-    travels: dict[str, Any] = {"fetch": num_devices, "weights": "ring"} if ring else {}
-    exchange = dataclasses.replace(layout.config.exchange, tokens="all_to_all", **travels)
-    layout = Layout(dataclasses.replace(layout.config, exchange=exchange))
+    exchange: dict[str, Any] = {"tokens": "all_to_all", "chunks": chunks}
+    if ring:
+        exchange |= {"fetch": num_devices, "weights": "ring"}
+    layout = cases.layout("expert", exchange=exchange)
     sizes = LONG if ring else WIDE
     return studies.study_layer(topology, layout, gradients=gradients, option=option, **sizes)
 

@@ -79,21 +79,22 @@ def test_meshes_of_other_shapes(card, mesh):
 
 @pytest.mark.parametrize(("card", "mesh", "chunks"), CHUNKS)
 def test_chunks_of_equal_and_other_sizes(card, mesh, chunks):
-    check(integer_case.config(), cases.layout(card, mesh=mesh, chunks=chunks))
+    check(integer_case.config(), cases.layout(card, mesh=mesh, exchange={"chunks": chunks}))
 
 
 def test_chunks_by_capacity_and_einsum():
     check(
         integer_case.config(capacity_factor=2.0),
-        cases.layout("expert", chunks=3, dispatch="einsum"),
+        cases.layout("expert", exchange={"chunks": 3}, dispatch="einsum"),
     )
 
 
 def test_more_chunks_than_experts_and_slots_are_refused():
     config = integer_case.config()
     refused = r"chunks=9, experts on a device=2, C=2; use fewer chunks or larger groups"
+    layout = cases.layout("expert_data", exchange={"chunks": 9})
     with pytest.raises(ValueError, match=refused):
-        integer_case.run(solved(config)[0], config, cases.layout("expert_data", chunks=9))
+        integer_case.run(solved(config)[0], config, layout)
 
 
 def test_choice_order_and_one_choice_when_sharded():

@@ -116,7 +116,7 @@ def test_a_mixed_mesh_is_refused_with_the_call_to_make():
 @pytest.mark.parametrize("kinds", [(AxisType.Auto,), ()], ids=["auto", "make_mesh"])
 def test_chunks_in_a_mesh_that_is_set(kinds):
     with jax.set_mesh(mesh_for("expert_data", *kinds)):
-        check(cases.layout("expert_data", chunks=2))
+        check(cases.layout("expert_data", exchange={"chunks": 2}))
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 2], ids=["no layout", "layout", "chunks"])
@@ -124,7 +124,8 @@ def test_chunks_in_a_mesh_that_is_set(kinds):
 def test_inside_shard_map_with_a_manual_axis(kinds, chunks):
     """Each part of the batch is on its own, over `data`; XLA splits it over `expert`."""
     mesh = mesh_for("expert_data", *kinds)
-    layout = cases.layout("expert_data", mesh=mesh, chunks=chunks) if chunks else None
+    exchange = {"chunks": chunks}
+    layout = cases.layout("expert_data", mesh=mesh, exchange=exchange) if chunks else None
     batch = integer_case.Case(
         weights=jax.tree.map(lambda _: P(), CASE.weights),
         x_BLM=P("data"),

@@ -33,7 +33,7 @@ def layer(topology: str, *, chunks: int, gradients: bool = False, option: bool =
     """One layer of `benchmarks/overlap.py`, with fewer experts."""
     return studies.study_layer(
         topology,
-        cases.layout("expert", chunks=chunks),
+        cases.layout("expert", exchange={"chunks": chunks}),
         tokens=TOKENS,
         experts=4,
         model_dim=M,

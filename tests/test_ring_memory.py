@@ -5,7 +5,6 @@ is as large on any number of devices D, and weights are nearly all of it. Bytes 
 program, its arguments and results left out.
 """
 
-import dataclasses
 import functools
 
 import cases
@@ -15,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gshard_moe import Layout, MoEWeights, moe
+from gshard_moe import MoEWeights, moe
 from gshard_moe.experts import ExpertWeights
 
 OWN, TOKENS, M, H = 2, 32, 256, 512
@@ -52,10 +51,9 @@ def library(devices: int, **changes) -> float:
         capacity_factor=1.0,
         activation="relu",
     )
-    sharding = cases.layout("expert", remat=changes.pop("remat", "none")).config
+    remat = changes.pop("remat", "none")
     exchange = {"tokens": "all_to_all", "fetch": devices} | changes
-    exchange = dataclasses.replace(sharding.exchange, **exchange)
-    layout = Layout(dataclasses.replace(sharding, exchange=exchange), source="mine")
+    layout = cases.layout("expert", exchange=exchange, remat=remat)
     layout = layout.on(layout.mesh(jax.devices()[:devices]))
     E, of = config.num_experts, layout.sharding
     experts = ExpertWeights(

@@ -4,7 +4,6 @@ Of the traced program, before any compiler: each collective of tokens or weights
 `shard_map`, with those of them whose results it needs.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import cases
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from gshard_moe import Layout, MoE, moe
+from gshard_moe import MoE, moe
 
 # No other dim is as large: what has it is tokens or matrices, not gates.
 WIDTH = 24
@@ -48,9 +47,8 @@ def needs(body: core.Jaxpr, kind: str) -> list[set[int]]:
 
 def backward(kind: str, **exchange) -> list[set[int]]:
     """Returns `needs` of the backward of a layer that is computed again."""
-    sharding = cases.layout("expert", remat="full").config
-    changed = dataclasses.replace(sharding.exchange, tokens="all_to_all", **exchange)
-    layout = Layout(dataclasses.replace(sharding, exchange=changed), source="mine")
+    exchange |= {"tokens": "all_to_all"}
+    layout = cases.layout("expert", exchange=exchange, remat="full")
     weights = MoE(CONFIG, rngs=nnx.Rngs(0)).weights
 
     def loss(weights, x_BLM):

@@ -42,8 +42,13 @@ class Operation:
     @property
     def units(self) -> tuple[str, ...]:
         """What it keeps busy: `ici:xy` runs along two dims of a torus, each a unit."""
-        kind, _, dims = self.resource.partition(":")
-        return tuple(f"{kind}:{dim}" for dim in dims) or (kind,)
+        dims = self.resource.partition(":")[2]
+        return tuple(f"{self.fabric}:{dim}" for dim in dims) or (self.fabric,)
+
+    @property
+    def fabric(self) -> str:
+        """Its resource without the dims of a torus: `ici` of `ici:xy`."""
+        return self.resource.partition(":")[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

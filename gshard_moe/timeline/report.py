@@ -147,7 +147,7 @@ def _exposed(flights: Sequence[Interval], intervals: Iterable[Interval]) -> list
     for stall in intervals:
         if stall.what != "stall" or stall.operation.role != "collective":
             continue
-        beside = [f for f in under_way.between(stall.begin, stall.end) if f.end > stall.begin]
+        beside = under_way.between(stall.begin, stall.end)
         edges = {stall.begin, stall.end}.union(*((f.begin, f.end) for f in beside))
         inside = sorted(edge for edge in edges if stall.begin <= edge <= stall.end)
         for begin, end in itertools.pairwise(inside):
@@ -163,8 +163,7 @@ def _nearness(waited_for: Operation, flight: Interval) -> tuple[bool, bool, bool
     """Orders flights by how surely the core waits for them: itself, its links, links like it."""
     one = flight.operation
     share = not set(one.units).isdisjoint(waited_for.units)
-    alike = one.resource.partition(":")[0] == waited_for.resource.partition(":")[0]
-    return one is waited_for, share, alike, flight.end
+    return one is waited_for, share, one.fabric == waited_for.fabric, flight.end
 
 
 def _collective(flight: Interval, exposed: float, *, core: _InTime) -> Collective:
